@@ -1,0 +1,610 @@
+"""Denoising diffusion with Gaussian noise, in one file that needs only torch.
+
+    q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)                       data -> noise
+    p(x_s | x_t) = N(mean(x_t, t), sigma^2(x_t, t) I)                                  noise -> data
+    -log p(x_0) <= KL(q(x_T|x_0) || p(x_T)) + sum_t KL(q(x_s|x_t,x_0) || p(x_s|x_t)) - log p(x_0|x_1)
+                   ------- L_T ----------   ---------------- L_t -----------------   ---- L_0 -----
+
+A network learns to tell what noise was added; running it backwards from pure noise draws new data.
+
+[H] Ho et al. 2020, arXiv 2006.11239           [N] Nichol & Dhariwal 2021, arXiv 2102.09672
+[S] Song, Meng & Ermon 2020, 2010.02502 (DDIM) [E] Song & Ermon 2019, 1907.05600 (Langevin)
+[V] Salimans & Ho 2022, 2202.00512 (v)         [K] Kingma et al. 2021, 2107.00630 (two times)
+
+x0, xt        data and its noised version, float (B, ...), data scaled to [-1, 1]
+t, s          times, an int or int64 (B,), 0 <= s < t <= T; 0 is clean and T is noise
+alpha_bar     (T+1,): the share of the signal's power left at t; alpha_bar[0] = 1
+alpha, beta   of the step s -> t: alpha = alpha_bar[t] / alpha_bar[s], beta = 1 - alpha
+eps           the noise in xt, standard normal, shaped like x0
+model         any callable model(xt, t) -> (B, C, ...), or (B, 2C, ...) where the variance is learned
+
+Every law is written for a step s -> t of any length, s = t - 1 when left out, so that a strided
+chain [K] is the same code on fewer times. Logs are natural; bounds leave in bits per dimension.
+"""
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+# ---------------------------------------------------------------- schedules: arrays of betas
+
+def linear_beta_schedule(T):
+    """beta_t from 1e-4 to 0.02 in equal steps, [H] section 4 -> (T,) float64.
+
+    Those ends are for T = 1000; other T scale them by 1000 / T ([N]'s code), at most 0.999, so
+    that the whole chain destroys about as much.
+    """
+    return (torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T).clamp(max=0.999)
+
+
+def cosine_beta_schedule(T, s=0.008):
+    """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2), [N] eq. 17 -> (T,) float64.
+
+    beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999: the last step would destroy all.
+    """
+    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+# ---------------------------------------------------------------- two laws of Gaussians
+
+def normal_kl(mean1, log_var1, mean2, log_var2):
+    """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise; tensors or numbers."""
+    like = next(v for v in (mean1, log_var1, mean2, log_var2) if isinstance(v, torch.Tensor))
+    log_var1, log_var2 = (torch.as_tensor(v, dtype=like.dtype, device=like.device)
+                          for v in (log_var1, log_var2))
+    return 0.5 * (log_var2 - log_var1 - 1 + torch.exp(log_var1 - log_var2)
+                  + (mean1 - mean2) ** 2 * torch.exp(-log_var2))
+
+
+def _log_ndtr(x):
+    """log of the standard normal's CDF; torch.special's own does not exist on mps."""
+    left, right = torch.where(x < 0, x, 0.0) / math.sqrt(2), torch.where(x < 0, 0.0, x) / math.sqrt(2)
+    return torch.special.erfcx(-left).log() - left ** 2 + torch.erf(right).log1p() - math.log(2)
+
+
+def discretized_gaussian_log_likelihood(x, mean, log_std, levels=256):
+    """log of the mass that N(mean, std^2) puts on the bin of x, [H] eq. 13; nats, elementwise.
+
+    The levels are x_k = 2k / (levels - 1) - 1 and bin k is x_k +- 1 / (levels - 1); the outer two
+    reach to -inf and +inf, so the masses sum to 1. Far in a tail and for any width, the result and
+    its gradient are finite.
+    """
+    half, inv_std = 1 / (levels - 1), torch.exp(-log_std)
+    # A bin right of the mean is mirrored to the left one, where Phi is small and differences keep digits.
+    centre, width = -(x - mean).abs() * inv_std, 2 * half * inv_std
+    low, high = centre - width / 2, centre + width / 2
+    # Where Phi barely changes over the bin: density times width, to second order in the width.
+    narrow = width * (1 + centre.abs()) < 1e-2
+    density = (-centre ** 2 / 2 - math.log(2 * math.pi) / 2 + math.log(2 * half) - log_std
+               + width ** 2 * (centre ** 2 - 1) / 24)
+    gap = torch.where(narrow, torch.full_like(centre, -1.0), _log_ndtr(low) - _log_ndtr(high))
+    inside = torch.where(narrow, density, _log_ndtr(high) + torch.log(-torch.expm1(gap)))
+    lowest = _log_ndtr((x + half - mean) * inv_std)
+    highest = _log_ndtr((mean + half - x) * inv_std)
+    return torch.where(x < -1 + half, lowest, torch.where(x > 1 - half, highest, inside))
+
+
+# ---------------------------------------------------------------- the diffusion
+
+class GaussianDiffusion(nn.Module):
+    """The chain and its laws. It holds one table and no network.
+
+    betas       (T,) in (0, 1): linear_beta_schedule(T), cosine_beta_schedule(T), or your own
+    prediction  what the network's output estimates: "eps" [H], "x0", or
+                "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 [V]
+    variance    "learned" (the network returns 2C channels [N]), or a number f in [0, 1] for
+                sigma^2 = beta^f beta_tilde^(1 - f): 0 is the posterior's, 1 is beta
+    levels      number of values a data channel can take, for the decoder L_0
+
+    Raises ValueError for betas, prediction or variance other than these, and for a time outside
+    1..T, unless the time is a tensor on an accelerator: reading it would stall the device.
+    """
+
+    def __init__(self, betas, prediction="eps", variance="learned", levels=256):
+        super().__init__()
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"betas must be a list of numbers inside (0, 1), got {betas}")
+        if prediction not in ("eps", "x0", "v"):
+            raise ValueError(f'prediction must be "eps", "x0" or "v", got {prediction!r}')
+        if variance != "learned" and not (isinstance(variance, (int, float)) and 0 <= variance <= 1):
+            raise ValueError(f'variance must be "learned" or a number in [0, 1], got {variance!r}')
+        if levels < 2:
+            raise ValueError(f"levels must be at least 2, got {levels}")
+        self.T, self.prediction, self.variance, self.levels = len(betas), prediction, variance, levels
+        self.device = torch.device("cpu")
+        # The log keeps every digit of 1 - alpha_bar[t] / alpha_bar[s], however small or long the step.
+        log_alpha_bar = F.pad(torch.log1p(-betas).cumsum(0), (1, 0))
+        self.register_buffer("log_alpha_bar", log_alpha_bar, persistent=False)
+
+    @property
+    def alpha_bar(self):
+        """alpha_bar_t = prod_{i <= t} (1 - beta_i), (T+1,) float64, [H] section 2."""
+        return self.log_alpha_bar.exp()
+
+    def _apply(self, fn, recurse=True):
+        """Follow .to(device), but stay float64 under .half(); mps has no float64: the table waits on the CPU."""
+        self.device = fn(torch.empty(0, device=self.device)).device
+        self.log_alpha_bar = self.log_alpha_bar.to("cpu" if self.device.type == "mps" else self.device)
+        return self
+
+    def _times(self, x, t, s=None, lowest=1):
+        """t and s (None: t - 1) as int64 (B,) on x's device; ValueError for any that can be read and is wrong."""
+        s = t - 1 if s is None else s
+        for time, low in ((t, lowest), (s, 0)):
+            if isinstance(time, torch.Tensor) and (time.dtype != torch.int64 or time.shape not in ((), x.shape[:1])):
+                raise ValueError(f"a time is an int or int64 (B,) = {tuple(x.shape[:1])}, "
+                                 f"got {time.dtype} {tuple(time.shape)}")
+            if not isinstance(time, torch.Tensor) or time.device.type == "cpu":
+                time = torch.as_tensor(time)
+                if time.is_floating_point() or not ((low <= time) & (time <= self.T)).all():
+                    raise ValueError(f"need {low} <= t <= T = {self.T}, got {time.tolist()}")
+        readable = [torch.as_tensor(time) for time in (s, t)
+                    if not isinstance(time, torch.Tensor) or time.device.type == "cpu"]
+        if len(readable) == 2 and not (readable[0] < readable[1] + (lowest == 0)).all():
+            raise ValueError(f"need s < t, got s = {readable[0].tolist()}, t = {readable[1].tolist()}")
+        return [time.to(x.device).expand(len(x)) if isinstance(time, torch.Tensor)
+                else torch.full((len(x),), time, device=x.device) for time in (t, s)]
+
+    def _step(self, x, t, s=0):
+        """alpha and beta of q(x_t | x_s) = N(sqrt(alpha) x_s, beta I), float64 (B, 1, ...).
+
+        s = 0 gives the paper's bars: alpha_bar_t and 1 - alpha_bar_t.
+        """
+        if self.device.type == "mps":
+            t, s = (time.cpu() if isinstance(time, torch.Tensor) else time for time in (t, s))
+        log_alpha = (self.log_alpha_bar[t] - self.log_alpha_bar[s]).reshape(-1, *[1] * (x.ndim - 1))
+        return log_alpha.exp(), -torch.expm1(log_alpha)
+
+    # -------- forward process q
+
+    def q_step(self, xs, s, t, noise=None):
+        """A draw of q(x_t | x_s) = N(sqrt(alpha) x_s, beta I), [H] eq. 2 for s = t - 1, (B, ...)."""
+        t, s = self._times(xs, t, s, lowest=0)
+        alpha, beta = self._step(xs, t, s)
+        noise = torch.randn_like(xs) if noise is None else noise
+        return _to(alpha.sqrt(), xs) * xs + _to(beta.sqrt(), xs) * noise
+
+    def q_marginal(self, x0, t):
+        """Mean and log variance of q(x_t | x_0), [H] eq. 4, each (B, ...)."""
+        t, _ = self._times(x0, t, 0, lowest=0)
+        alpha_bar, noise_var = self._step(x0, t)
+        return _to(alpha_bar.sqrt(), x0) * x0, _to(noise_var.log(), x0).expand_as(x0)
+
+    def q_sample(self, x0, t, noise=None):
+        """A draw of q(x_t | x_0): sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, [H] eq. 4, (B, ...)."""
+        return self.q_step(x0, 0, t, noise)
+
+    def q_posterior(self, x0, xt, t, s=None):
+        """Mean and log variance (beta_tilde) of q(x_s | x_t, x_0), [H] eq. 6-7, each (B, ...).
+
+        Bayes' rule with x_0 in the condition: q(x_t|x_s) q(x_s|x_0) / q(x_t|x_0). At s = 0 it is the
+        point x_0: log variance -inf.
+        """
+        t, s = self._times(xt, t, s)
+        alpha, beta = self._step(xt, t, s)
+        alpha_bar_s, noise_s = self._step(xt, s)
+        _, noise_t = self._step(xt, t)
+        mean = (_to(alpha_bar_s.sqrt() * beta / noise_t, xt) * x0
+                + _to(alpha.sqrt() * noise_s / noise_t, xt) * xt)
+        return mean, _to((beta * noise_s / noise_t).log(), xt).expand_as(mean)
+
+    # -------- four coordinates of one estimate: x0, eps, v, score
+
+    def _target(self, x, t):
+        """(a, b) where the network's target is a x0 + b eps, float64 (B, 1, ...)."""
+        alpha_bar, noise_var = self._step(x, t)
+        zero, one = torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
+        return {"eps": (zero, one), "x0": (one, zero), "v": (-noise_var.sqrt(), alpha_bar.sqrt())}[self.prediction]
+
+    def predict_x0(self, xt, t, eps):
+        """x0 = (xt - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), [H] eq. 4 solved for x_0, (B, ...)."""
+        t, _ = self._times(xt, t)
+        alpha_bar, noise_var = self._step(xt, t)
+        return _to(alpha_bar.rsqrt(), xt) * xt - _to((noise_var / alpha_bar).sqrt(), xt) * eps
+
+    def predict_eps(self, xt, t, x0):
+        """eps = (xt - sqrt(alpha_bar) x0) / sqrt(1 - alpha_bar), [H] eq. 4 solved for eps, (B, ...)."""
+        t, _ = self._times(xt, t)
+        alpha_bar, noise_var = self._step(xt, t)
+        return (xt - _to(alpha_bar.sqrt(), xt) * x0) * _to(noise_var.rsqrt(), xt)
+
+    def predict_v(self, x0, eps, t):
+        """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, [V] section 4, (B, ...)."""
+        t, _ = self._times(x0, t)
+        alpha_bar, noise_var = self._step(x0, t)
+        return _to(alpha_bar.sqrt(), x0) * eps - _to(noise_var.sqrt(), x0) * x0
+
+    def _network(self, model, xt, t):
+        """One call of the network -> its prediction and its variance output (or None), in xt's dtype."""
+        out, C = model(xt, t).to(xt.dtype), xt.shape[1] if xt.ndim > 1 else 1
+        due = (len(xt), 2 * C if self.variance == "learned" else C, *xt.shape[2:])[:xt.ndim]
+        if out.shape != due:
+            raise ValueError(f"variance={self.variance!r} needs a network that returns {due} "
+                             f"for data {tuple(xt.shape)}, got {tuple(out.shape)}")
+        return out.chunk(2, dim=1) if self.variance == "learned" else (out, None)
+
+    def _estimate(self, out, xt, t):
+        """x0_hat and eps_hat from the network's prediction: two linear equations in two unknowns.
+
+            xt = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps,    out = a x0 + b eps
+        """
+        alpha_bar, noise_var = self._step(xt, t)
+        (a, b), c, d = self._target(xt, t), alpha_bar.sqrt(), noise_var.sqrt()
+        det = b * c - a * d
+        x0_hat = _to(b / det, xt) * xt - _to(d / det, xt) * out
+        eps_hat = _to(c / det, xt) * out - _to(a / det, xt) * xt
+        return x0_hat, eps_hat
+
+    def score(self, model, xt, t):
+        """grad log q(x_t) = -E[eps | x_t] / sqrt(1 - alpha_bar_t), (B, ...): denoising score matching [E]."""
+        t, _ = self._times(xt, t)
+        _, eps_hat = self._estimate(self._network(model, xt, t)[0], xt, t)
+        return -eps_hat * _to(self._step(xt, t)[1].rsqrt(), xt)
+
+    # -------- reverse process p
+
+    def p_reverse(self, model, xt, t, s=None, clip=True):
+        """Mean and log variance of p(x_s | x_t), and x0_hat; each (B, ...).
+
+        The mean is q_posterior's with x0_hat for x_0 ([H] eq. 11 when the network predicts eps);
+        clip keeps x0_hat in [-1, 1]. log sigma^2 = f log beta + (1 - f) log beta_tilde, [N] eq. 15:
+        beta_tilde is right where the data are one point, beta where they are unit Gaussian.
+        """
+        t, s = self._times(xt, t, s)
+        out, v = self._network(model, xt, t)
+        x0_hat, _ = self._estimate(out, xt, t)
+        x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
+        mean, _ = self.q_posterior(x0_hat, xt, t, s)
+        # beta_tilde is 0 at s = 0: its log is that of the step above, (t, t + 1), and at t = T beta's.
+        upper, lower = torch.where(s == 0, (t + 1).clamp(max=self.T), t), torch.where(s == 0, t, s)
+        beta = self._step(xt, t, s)[1]
+        beta_tilde = self._step(xt, upper, lower)[1] * self._step(xt, lower)[1] / self._step(xt, upper)[1]
+        log_beta_tilde = torch.where(beta_tilde > 0, beta_tilde, beta).log()
+        f = self.variance if v is None else (v + 1) / 2
+        log_var = f * _to(beta.log() - log_beta_tilde, xt) + _to(log_beta_tilde, xt)
+        return mean, log_var.expand_as(mean), x0_hat
+
+    # -------- losses and the bound
+
+    def prior_kl(self, x0):
+        """L_T = KL(q(x_T|x_0) || N(0, I)), [H] eq. 5, bits per dimension (B,)."""
+        return _bits(normal_kl(*self.q_marginal(x0, self.T), 0.0, 0.0))
+
+    def vlb_term(self, model, x0, xt, t, s=None, clip=True):
+        """One term of the bound, [H] eq. 5, bits per dimension (B,).
+
+        KL(q(x_s|x_t,x_0) || p(x_s|x_t)), and where s = 0 the decoder L_0 = -log p(x_0|x_t). For s > 0
+        and sigma^2 = beta_tilde the KL is w ||eps - eps_hat||^2 nats, w = beta^2 / (2 sigma^2 alpha
+        (1 - alpha_bar_t)), [H] eq. 12; another fixed sigma adds a constant. L_simple drops w.
+        """
+        return self._vlb_term(model, x0, xt, t, s, clip)[0]
+
+    def _vlb_term(self, model, x0, xt, t, s, clip):
+        """The term and the x0_hat that it rests on."""
+        t, s = self._times(xt, t, s)
+        mean, log_var, x0_hat = self.p_reverse(model, xt, t, s, clip)
+        kl = _bits(normal_kl(*self.q_posterior(x0, xt, t, s), mean, log_var))
+        nll = -_bits(discretized_gaussian_log_likelihood(x0, mean, log_var / 2, self.levels))
+        return torch.where(s == 0, nll, kl), x0_hat
+
+    def _noised(self, x0, t, noise):
+        """t uniform on 1..T and noise standard normal where not given, and the xt that they make."""
+        t = torch.randint(1, self.T + 1, x0.shape[:1], device=x0.device) if t is None else self._times(x0, t)[0]
+        noise = torch.randn_like(x0) if noise is None else noise
+        return t, noise, self.q_sample(x0, t, noise)
+
+    def _square_error(self, prediction, x0, noise, t):
+        """Mean of ||a x0 + b eps - prediction||^2 over the dimensions, (B,)."""
+        a, b = self._target(x0, t)
+        return (_to(a, x0) * x0 + _to(b, x0) * noise - prediction).square().reshape(len(x0), -1).mean(1)
+
+    def loss_simple(self, model, x0, t=None, noise=None):
+        """L_simple: the mean square error of the prediction, [H] eq. 14, (B,)."""
+        t, noise, xt = self._noised(x0, t, noise)
+        prediction, _ = self._network(model, xt, t)
+        return self._square_error(prediction, x0, noise, t)
+
+    def loss_vlb(self, model, x0, t=None, noise=None):
+        """T L_t, a one-sample estimate of L_0 + ... + L_{T-1}; bits per dimension (B,), full gradient."""
+        t, noise, xt = self._noised(x0, t, noise)
+        return self.T * self.vlb_term(model, x0, xt, t, clip=False)
+
+    def loss_hybrid(self, model, x0, t=None, noise=None):
+        """L_simple + 1e-3 T L_t, [N] eq. 16, (B,).
+
+        The bound trains the variance alone: the prediction stands behind a stop-gradient there, since
+        the bound's steep weights would make the gradient of the mean noisy.
+        """
+        t, noise, xt = self._noised(x0, t, noise)
+        prediction, v = self._network(model, xt, t)
+        frozen = prediction.detach() if v is None else torch.cat([prediction.detach(), v], dim=1)
+        vlb = self.vlb_term(lambda xt, t: frozen, x0, xt, t, clip=False)
+        return self._square_error(prediction, x0, noise, t) + 1e-3 * self.T * vlb
+
+    @torch.no_grad()
+    def bits_per_dim(self, model, x0, steps=None, clip=True):
+        """The whole bound on -log2 p(x0) / D, with one draw of x_t for each term; no gradient.
+
+        -> dict in bits per dimension: total (B,) = prior (B,) + terms.sum(1); terms (B, n) in the
+        order S_1..S_n, so that terms[:, 0] is L_0; and x0_mse (B, n), the mean square error of x0_hat.
+        """
+        terms, mse, grid = [], [], [0, *self.timesteps(steps)]
+        for s, t in zip(grid, grid[1:]):
+            term, x0_hat = self._vlb_term(model, x0, self.q_sample(x0, t), t, s, clip)
+            terms.append(term)
+            mse.append((x0_hat - x0).square().reshape(len(x0), -1).mean(1))
+        prior, terms = self.prior_kl(x0), torch.stack(terms, dim=1)
+        return dict(total=prior + terms.sum(1), prior=prior, terms=terms, x0_mse=torch.stack(mse, dim=1))
+
+    # -------- samplers
+
+    def timesteps(self, steps=None):
+        """The grid S_1 < ... < S_n = T, a list of ints.
+
+        steps is None (all of 1..T), a number n (n evenly spaced times, both ends kept), or an
+        increasing list that ends at T. ValueError for anything else.
+        """
+        T, n = self.T, steps
+        if n is None or isinstance(n, int) and n >= T:
+            return list(range(1, T + 1))
+        if n == 1:
+            return [T]
+        if isinstance(n, int) and n > 1:
+            return [1 + (2 * i * (T - 1) + n - 1) // (2 * (n - 1)) for i in range(n)]
+        grid = [] if isinstance(n, int) else [int(t) for t in n]
+        if not grid or grid[0] < 1 or grid[-1] != T or any(s >= t for s, t in zip(grid, grid[1:])):
+            raise ValueError(f"steps must be a number >= 1 or times that increase to T = {T}, got {steps}")
+        return grid
+
+    @torch.no_grad()
+    def p_sample(self, model, xt, t, s=None, noise=None, eta=None, clip=True):
+        """One reverse step -> a draw of x_s, and the x0_hat that it rests on; each (B, ...).
+
+        eta None: ancestral, p(x_s | x_t) with the model's own variance, [H] algorithm 2.
+        0 <= eta <= 1: DDIM, [S] eq. 12 with sigma^2 = eta^2 beta_tilde: 0 adds no noise, 1 is
+        ancestral with beta_tilde. No noise is added on reaching s = 0.
+        """
+        if eta is not None and not 0 <= eta <= 1:
+            raise ValueError(f"eta must be None or in [0, 1], got {eta}")
+        t, s = self._times(xt, t, s)
+        noise = torch.randn_like(xt) if noise is None else noise
+        mean, log_var, x0_hat = self.p_reverse(model, xt, t, s, clip)
+        if eta is None:
+            alive = (s > 0).reshape(-1, *[1] * (xt.ndim - 1))
+            return mean + alive * torch.exp(log_var / 2) * noise, x0_hat
+        (alpha_bar_s, noise_s), (_, noise_t), (_, beta) = self._step(xt, s), self._step(xt, t), self._step(xt, t, s)
+        variance = eta ** 2 * beta * noise_s / noise_t
+        eps_hat = self.predict_eps(xt, t, x0_hat)
+        mean = _to(alpha_bar_s.sqrt(), xt) * x0_hat + _to((noise_s - variance).sqrt(), xt) * eps_hat
+        return mean + _to(variance.sqrt(), xt) * noise, x0_hat
+
+    @torch.no_grad()
+    def sample_progressive(self, model, shape, steps=None, eta=None, clip=True):
+        """Yields (s, xs, x0_hat) after every step, from noise at T down to a sample at s = 0."""
+        grid = [0, *self.timesteps(steps)]
+        xs = torch.randn(shape, device=self.device)
+        for s, t in zip(grid[-2::-1], grid[::-1]):
+            xs, x0_hat = self.p_sample(model, xs, t, s, eta=eta, clip=clip)
+            yield s, xs, x0_hat
+
+    def sample(self, model, shape, steps=None, eta=None, clip=True):
+        """New data x0 of the given shape (B, ...), float, by ancestral sampling or DDIM (see p_sample)."""
+        for _, x0, _ in self.sample_progressive(model, shape, steps, eta, clip):
+            pass
+        return x0
+
+    @torch.no_grad()
+    def ddim_encode(self, model, x0, steps=None):
+        """x_T from x_0, (B, ...): DDIM with eta = 0 run backwards, [S] section 4.3; no clipping.
+
+        eps_hat is taken at (x_s, t), where the step down from t will ask for it, so that the way back
+        is exact wherever eps_hat stays the same over the step.
+        """
+        xs, grid = x0, [0, *self.timesteps(steps)]
+        for s, t in zip(grid, grid[1:]):
+            t, s = self._times(xs, t, s)
+            _, eps_hat = self._estimate(self._network(model, xs, t)[0], xs, t)
+            (alpha, _), (_, noise_s), (_, noise_t) = self._step(xs, t, s), self._step(xs, s), self._step(xs, t)
+            xs = _to(alpha.sqrt(), xs) * (xs - _to(noise_s.sqrt(), xs) * eps_hat) + _to(noise_t.sqrt(), xs) * eps_hat
+        return xs
+
+    @torch.no_grad()
+    def langevin(self, model, shape, steps=None, corrector_steps=1, snr=0.16):
+        """Annealed Langevin dynamics with the score, [E] algorithm 1 -> x0 of the given shape.
+
+            x <- x + h score(x, t) + sqrt(2 h) z,    h = 2 snr^2 (1 - alpha_bar_t)
+
+        corrector_steps times at each t, from T down; the step keeps its proportion to the noise's
+        variance. At the end x0_hat, the mean of x_0 given x, takes off the last noise.
+        """
+        x, grid = torch.randn(shape, device=self.device), self.timesteps(steps)
+        for t in grid[::-1]:
+            h = 2 * snr ** 2 * self._step(x, t)[1]
+            for _ in range(corrector_steps):
+                x = x + _to(h, x) * self.score(model, x, t) + _to((2 * h).sqrt(), x) * torch.randn_like(x)
+        t, _ = self._times(x, grid[0], 0)
+        return self._estimate(self._network(model, x, t)[0], x, t)[0]
+
+
+def _to(coefficient, x):
+    """A float64 coefficient in x's dtype on x's device, in that order: no float64 may reach mps."""
+    return coefficient.to(x.dtype).to(x.device)
+
+
+def _bits(nats):
+    """(B, ...) nats -> (B,) bits per dimension."""
+    return nats.reshape(len(nats), -1).mean(1) / math.log(2)
+
+
+# ---------------------------------------------------------------- the network
+
+def timestep_embedding(t, dim, max_period=10000):
+    """Sines and cosines of t at dim / 2 frequencies, Vaswani et al. 2017 section 3.5: (B,) -> (B, dim)."""
+    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[:, None].float() * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def zero(module):
+    """The module with its parameters set to 0: a block starts as the identity, the network as 0."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def norm(channels):
+    """GroupNorm with up to 8 groups: with few channels each, a group's mean and contrast would be lost."""
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+class Attention(nn.Module):
+    """x + self-attention over the H W places of x (B, C, H, W)."""
+
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads, self.norm = heads, norm(channels)
+        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
+        h = F.scaled_dot_product_attention(*qkv.unbind(1))                 # (B, heads, H W, C / heads)
+        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), time as scale and shift of the second norm [N]; then attention."""
+
+    def __init__(self, cin, cout, time_dim, dropout, heads):
+        super().__init__()
+        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.time = nn.Linear(time_dim, 2 * cout)
+        self.norm2, self.dropout = norm(cout), nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(cout, cout, 3, padding=1))
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.attention = Attention(cout, heads) if heads else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.time(emb)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        return self.attention(self.skip(x) + self.conv2(self.dropout(h)))
+
+
+class UNet(nn.Module):
+    """The network of [H] and [N]: model(xt, t) on (B, channels, H, W) -> (B, out_channels, H, W).
+
+    width       channels at the finest level; each level halves the resolution of the one above
+    mults       a level's channels as a multiple of width
+    blocks      residual blocks a level on the way down; one more on the way up
+    attention   the levels, counted from 0 at the finest, with self-attention of so many heads
+    patch       patch x patch pixels enter as one place: 2 costs a quarter of 1
+
+    H and W must divide by patch * 2^(len(mults) - 1): ValueError otherwise. Its first output is 0.
+    """
+
+    def __init__(self, channels, out_channels, width=64, mults=(1, 2, 2), blocks=2, attention=(1, 2),
+                 heads=4, dropout=0.0, patch=1):
+        super().__init__()
+        widths, time_dim, last = [width * m for m in mults], 4 * width, len(mults) - 1
+        if any(widths[level] % heads for level in attention):
+            raise ValueError(f"heads={heads} must divide the channels {widths} of the levels {attention}")
+        self.channels, self.width, self.patch, self.divisor = channels, width, patch, patch * 2 ** last
+
+        def block(cin, level, attends=True):
+            return ResBlock(cin, widths[level], time_dim, dropout, heads if attends and level in attention else 0)
+
+        self.time = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU())
+        self.stem = nn.Conv2d(channels * patch ** 2, width, 3, padding=1)
+        self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [width], width
+        for level, w in enumerate(widths):
+            for _ in range(blocks):
+                self.down.append(block(c, level))
+                skips.append(c := w)
+            if level < last:
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                skips.append(c)
+        self.middle = nn.ModuleList([block(c, last), block(c, last, attends=False)])
+        for level, w in reversed(list(enumerate(widths))):
+            for _ in range(blocks + 1):
+                self.up.append(block(c + skips.pop(), level))
+                c = w
+            if level:
+                self.up.append(nn.Upsample(scale_factor=2))
+        self.out = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, out_channels * patch ** 2, 3, padding=1)))
+
+    def forward(self, x, t):
+        if x.ndim != 4 or x.shape[1] != self.channels or x.shape[2] % self.divisor or x.shape[3] % self.divisor:
+            raise ValueError(f"this U-Net takes (B, {self.channels}, H, W) with H and W divisible by "
+                             f"{self.divisor}, got {tuple(x.shape)}")
+        emb = self.time(timestep_embedding(t, self.width).to(self.stem.weight.dtype))
+        h = self.stem(F.pixel_unshuffle(x, self.patch))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, emb)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(layer, ResBlock) else layer(h)
+        return F.pixel_shuffle(self.out(h), self.patch)
+
+
+# ---------------------------------------------------------------- a toy in two dimensions
+
+def main():
+    """Eight points on a ring, learnt in seconds: draws the samples as they come out of the noise."""
+    torch.manual_seed(0)
+    T, radius = 100, 0.7
+    angle = torch.arange(8) * math.pi / 4
+    ring = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
+
+    class Toy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(2 + 32, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(),
+                                        nn.Linear(128, 128), nn.SiLU(), zero(nn.Linear(128, 4)))
+
+        def forward(self, xt, t):
+            return self.layers(torch.cat([xt, timestep_embedding(t, 32)], dim=1))
+
+    def data(n):
+        return ring[torch.randint(8, (n,))] + 0.03 * torch.randn(n, 2)
+
+    model, diffusion, steps = Toy(), GaussianDiffusion(cosine_beta_schedule(T)), 3000
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(1, steps + 1):
+        loss = diffusion.loss_hybrid(model, data(256)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 1000 == 0:
+            print(f"step {step}  loss {loss.item():.3f}")
+
+    bits = diffusion.bits_per_dim(model, data(2000))
+    print(f"\\nbound {bits['total'].mean():.2f} bits/dim: L_T {bits['prior'].mean():.3f} + L_t "
+          f"{bits['terms'][:, 1:].sum(1).mean():.2f} + L_0 {bits['terms'][:, 0].mean():.2f} "
+          f"(uniform over 256 levels: 8)\\n")
+    frames = {s: xs for s, xs, _ in diffusion.sample_progressive(model, (2000, 2))}
+    shown = [T - 1, 50, 25, 10, 0]
+    print("".join(f"x_{s:<19}" for s in shown))
+    for row in range(9):
+        line = ""
+        for s in shown:
+            cell = ((frames[s] + 1) / 2 * torch.tensor([18.0, 9.0])).floor().long()
+            counts = [((cell[:, 0] == col) & (cell[:, 1] == row)).sum().item() for col in range(18)]
+            line += "".join(" .:+#"[min(4, (count + 7) // 8)] for count in counts) + "   "
+        print(line)
+    distance, nearest = torch.cdist(frames[0], ring).min(dim=1)
+    print(f"\\nsamples within 3 sigma of a point: {(distance < 0.09).float().mean():.0%} (true: 99%)")
+    print("share of each point:", (torch.bincount(nearest, minlength=8) / 2000).tolist(), "(true: 0.125)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,988 @@
+"""Train, sample and measure the diffusion models of ddpm.py and d3pm.py.
+
+    python train.py                                images by DDPM, sized for this machine
+    python train.py --model d3pm --data docs       text by D3PM
+    python train.py --sample 64                    new samples from the run's checkpoint
+    python train.py --eval                         bits/dim on the test split, term by term
+    torchrun --nproc-per-node=8 train.py           the same run on eight devices
+
+In order: options, data, network and diffusion, checkpoints, training, sampling, evaluation, figures.
+"""
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import pydoc_data.topics
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+import d3pm
+import ddpm
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
+
+FONTS = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+TORCHVISION = {"fashion-mnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10"}
+
+
+def fail(message):
+    """A user's mistake or the machine's fault: one line and no traceback."""
+    raise SystemExit(f"train.py: {message}")
+
+
+# ---------------------------------------------------------------- options
+
+# What a run's weights depend on: kept in the checkpoint, and a resumed run must agree with it.
+SETTINGS = ("model data steps batch_size lr seed timesteps schedule prediction variance transition reverse "
+            "levels size length width").split()
+
+# Network, batch, steps and peak learning rate by what is trained and where.
+SIZES = {
+    ("ddpm", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=64, lr=2e-3, steps=2500),
+    ("ddpm", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), batch_size=256, lr=5e-4, steps=50000),
+    ("d3pm image", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=64, lr=2e-3, steps=2500),
+    ("d3pm image", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), batch_size=256, lr=5e-4, steps=50000),
+    ("d3pm text", "cpu"): dict(width=192, depth=4, batch_size=32, lr=2e-3, steps=4000),
+    ("d3pm text", "gpu"): dict(width=512, depth=8, heads=8, batch_size=256, lr=1e-3, steps=20000, dropout=0.1),
+}
+
+
+def options(argv=None):
+    """The command line as a namespace that lacks what was not given, so that a checkpoint can fill it in."""
+    p = argparse.ArgumentParser(
+        usage="python train.py [options]", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=80),
+        description="Train a diffusion model; or use one, with --sample or --eval.")
+    count = positive(int)
+    add = p.add_argument
+    add("--model", choices=["ddpm", "d3pm"], help="Gaussian or discrete noise (ddpm)")
+    add("--data", metavar="D", help="fashion-mnist, mnist, cifar10, glyphs, docs, a folder of "
+        "images or a .txt file (fashion-mnist; glyphs if it can't be had)")
+    add("--data-dir", metavar="DIR", help="where data sets are, or go to (data)")
+    add("--out", metavar="DIR", help="where the run lives (runs/<model>-<data>)")
+    add("--steps", type=count, metavar="N", help="training steps (by device; CPU: ten minutes)")
+    add("--batch-size", type=count, metavar="N", help="examples a step on all devices (by device)")
+    add("--lr", type=positive(float), help="peak learning rate (by model)")
+    add("--seed", type=int, metavar="N", help="of weights, batches, noise, samples (0)")
+    add("--device", help="cpu, cuda, cuda:1, mps (the best found)")
+    add("--save-every", type=count, metavar="N", help="steps between checkpoints (a tenth of all)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--sample", type=count, metavar="N", help="write N samples of the run in --out")
+    add("--sample-steps", type=count, metavar="N", help="of --sample (images 50) and --eval (100)")
+    add("--eta", type=float, help="sample by DDIM: 0 no noise, 1 ancestral")
+    add("--prompt", metavar="TEXT", help="text to complete; _ is a free place")
+    add("--eval", type=count, nargs="?", const=1000, metavar="N", help="bits/dim on N test examples (1000)")
+    add("--figures", action="store_true", help="write the pictures that need no training")
+    add("--timesteps", type=count, metavar="T", help="length of the chain (1000; text: --length)")
+    add("--schedule", choices=["cosine", "linear", "mutual"], help="betas (cosine; by --transition)")
+    add("--prediction", choices=["eps", "x0", "v"], help="what ddpm's network estimates (eps)")
+    add("--variance", metavar="V", help="of ddpm's reverse step: learned, or 0..1 (learned)")
+    add("--transition", choices=["uniform", "absorbing", "gaussian"], help="(uniform; text: absorbing)")
+    add("--reverse", choices=["joint", "conditional"], help="(conditional; gaussian: joint)")
+    add("--levels", type=count, metavar="K", help="grey levels of d3pm's images (256)")
+    add("--size", type=count, metavar="N", help="pixels a side, for a folder of images (32)")
+    add("--length", type=count, metavar="N", help="characters of an example of text (128)")
+    add("--width", type=count, metavar="N", help="channels of the network (by device)")
+    return p.parse_args(argv)
+
+
+def positive(kind):
+    """An argparse type: a number of that kind above 0."""
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def complete(args, data, device):
+    """The whole configuration of a run: what was given, then defaults by model, data and device."""
+    text, discrete = data.chars is not None, args.model == "d3pm"
+    if text and not discrete:
+        fail(f"--data {data.name} is text: it needs --model d3pm")
+    kind = f"d3pm {'text' if text else 'image'}" if discrete else "ddpm"
+    size = dict(SIZES[kind, "cpu" if device.type == "cpu" else "gpu"])
+    transition = getattr(args, "transition", "absorbing" if text else "uniform")
+    schedule = dict(uniform="cosine", absorbing="mutual", gaussian="linear")[transition] if discrete else "cosine"
+    length = getattr(args, "length", 128)
+    config = dict(model=args.model, data=data.source, seed=0, timesteps=length if text else 1000, schedule=schedule)
+    if discrete:
+        config |= dict(transition=transition, reverse="joint" if transition == "gaussian" else "conditional")
+        config |= dict(length=length) if text else dict(levels=256)
+    else:
+        config |= dict(prediction="eps", variance="learned")
+    config |= dict(size=data.shape[-1]) if os.path.isdir(data.source) else {}
+    config |= {k: size.pop(k) for k in ("steps", "batch_size", "lr", "width")}
+    given = {k: v for k, v in vars(args).items() if k in SETTINGS and k != "data"}
+    for name in given.keys() - config.keys():
+        fail(f"--{name.replace('_', '-')} has no meaning for --model {args.model} on --data {data.name}")
+    config |= given
+    if config.get("variance", "learned") != "learned":
+        config["variance"] = fraction(config["variance"])
+    shape = [length] if text else list(data.shape)
+    return config | dict(shape=shape, chars=data.chars, network=dict(size, width=config["width"]))
+
+
+def fraction(text):
+    """--variance as a number."""
+    try:
+        return float(text)
+    except ValueError:
+        fail(f"--variance must be learned or a number from 0 to 1, got {text}")
+
+
+# ---------------------------------------------------------------- data
+
+def load_data(source, data_dir, size=32, rank=0):
+    """A data set by name or path: train and test as uint8 (N, C, H, W), or the characters' numbers (N,).
+
+    None is Fashion-MNIST, or glyphs with one line saying so where it can't be had.
+    """
+    data = SimpleNamespace(name=source or "fashion-mnist", source=source or "fashion-mnist", chars=None)
+    if data.name == "glyphs":
+        data.train, data.test = glyphs(20000, seed=1), glyphs(2000, seed=2)
+    elif data.name in TORCHVISION:
+        try:
+            data.train, data.test = (torchvision_images(data.name, data_dir, train) for train in (True, False))
+        except Exception as error:
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if source is not None:
+                fail(f"{data.name} can't be had ({why}). Put torchvision's files under "
+                     f"{pathlib.Path(data_dir) / TORCHVISION[data.name]}, or choose another --data")
+            if rank == 0:
+                print(f"Fashion-MNIST can't be had ({why}): training on the built-in glyphs instead.", flush=True)
+            return load_data("glyphs", data_dir)
+    elif data.name == "docs" or pathlib.Path(source).is_file():
+        text = "\n\n".join(pydoc_data.topics.topics.values()) if data.name == "docs" else read_text(source)
+        data.name, data.chars = pathlib.Path(source).stem, "".join(sorted(set(text)))
+        numbers = torch.tensor(np.searchsorted(np.array(list(data.chars)), np.array(list(text))))
+        data.train, data.test = numbers.split([len(text) - len(text) // 10, len(text) // 10])
+    elif pathlib.Path(source).is_dir():
+        data.name, data.source = pathlib.Path(source).resolve().name, str(pathlib.Path(source).resolve())
+        images = torch.from_numpy(folder_images(pathlib.Path(source), pathlib.Path(data_dir), size, rank))
+        data.train, data.test = images[len(images) // 10:], images[:len(images) // 10 or 1]
+    else:
+        fail(f"--data {source} is neither a known data set ({', '.join(TORCHVISION)}, glyphs, docs) nor a file or folder")
+    data.shape = None if data.chars else tuple(data.train.shape[1:])
+    return data
+
+
+def torchvision_images(name, data_dir, train):
+    """A torchvision data set as uint8 (N, C, H, W): files that are there, else its download."""
+    cls = getattr(torchvision.datasets, TORCHVISION[name])
+    try:
+        found = cls(data_dir, train=train)
+    except RuntimeError:
+        download(lambda: cls(data_dir, download=True), pathlib.Path(data_dir))
+        found = cls(data_dir, train=train)
+    images = torch.as_tensor(found.data)
+    return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+
+
+def download(fetch, folder, patience=12):
+    """Run fetch; TimeoutError once no byte has come into the folder for `patience` seconds."""
+    outcome, size, since = [], -1, time.monotonic()
+    socket.setdefaulttimeout(patience)
+
+    def work():
+        try:
+            outcome.append(fetch())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+        now = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.exists() else 0
+        size, since = (now, time.monotonic()) if now != size else (size, since)
+        if time.monotonic() - since > patience:
+            raise TimeoutError(f"no byte of the download for {patience} seconds")
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+
+
+def glyphs(n, seed):
+    """n grey 28 x 28 letters and digits, uint8 (n, 1, 28, 28): matplotlib's fonts under small random distortions."""
+    characters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+    generator, cells = torch.Generator().manual_seed(seed), []
+    for file in sorted(FONTS.glob("DejaVuSans*.ttf")) + sorted(FONTS.glob("DejaVuSerif*.ttf")):
+        if "Display" in file.name:
+            continue
+        font = ImageFont.truetype(str(file), 40)
+        for c in characters:
+            cell = Image.new("L", (56, 56))
+            ImageDraw.Draw(cell).text((28, 28), c, font=font, fill=255, anchor="mm")
+            cells.append(torch.from_numpy(np.array(cell)))
+    cells = torch.stack(cells)[torch.randint(len(cells), (n,), generator=generator), None].float()
+    noise = 2 * torch.rand(n, 6, generator=generator) - 1
+    angle, scale, shear = 0.15 * noise[:, 0], 1 + 0.15 * noise[:, 1], 0.15 * noise[:, 2]
+    turn = torch.stack([torch.stack([angle.cos(), shear - angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)], 1)
+    theta = torch.cat([turn * scale[:, None, None], 0.1 * noise[:, 3:5, None]], dim=2)
+    grid = nn.functional.affine_grid(theta, (n, 1, 56, 56), align_corners=False)
+    large = nn.functional.grid_sample(cells, grid, align_corners=False)
+    return nn.functional.avg_pool2d(large, 2).round().to(torch.uint8)
+
+
+def read_text(path):
+    """The characters of a UTF-8 file."""
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        fail(f"{path} is not UTF-8 text")
+    if len(text) < 1000 or "\0" in text:
+        fail(f"{path} is {'not text' if chr(0) in text else f'too short to learn from ({len(text)} characters)'}")
+    return text
+
+
+def folder_images(folder, data_dir, size, rank):
+    """All images below a folder, centre-cropped to size x size, as a memory-mapped uint8 (N, C, size, size)."""
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in Image.registered_extensions())
+    if len(files) < 2:
+        fail(f"{folder} holds {len(files)} images: at least 2 are needed (one is held out)")
+    key = hashlib.sha1("".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns} " for f in files).encode()).hexdigest()
+    cache = data_dir / f"{folder.resolve().name}-{size}-{key[:10]}.npy"
+    if not cache.exists() and rank == 0:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        files = [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))]
+        try:
+            grey = all(Image.open(f).mode in ("1", "L", "I;16") for f in files[:64])
+        except OSError as error:
+            fail(f"an image can't be read ({error}): mend it or take it out")
+        partial = cache.with_suffix(f".{os.getpid()}.tmp")
+        out = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), 1 if grey else 3, size, size))
+        for i, file in enumerate(files):
+            try:
+                image = Image.open(file).convert("L" if grey else "RGB")
+            except OSError as error:
+                partial.unlink()
+                fail(f"{file} can't be read ({error}): mend it or take it out")
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+            out[i] = np.array(image).reshape(size, size, -1).transpose(2, 0, 1)
+            show(f"decoding {i + 1} of {len(files)} images", last=i + 1 == len(files), every=len(files) // 10)
+        out.flush()
+        os.replace(partial, cache)
+    barrier()
+    return np.load(cache, mmap_mode="r+")
+
+
+def yardsticks(data, config):
+    """What trivial models need, in bits/dim: how good is good."""
+    if data.chars:
+        return f"unigram {entropy(torch.bincount(data.train)):.2f} bits/char"
+    x = states(data.train[:20000], config) if config["model"] == "d3pm" else data.train[:20000].long()
+    K = config.get("levels", 256)
+    each = nn.functional.one_hot(x[:5000].flatten(1).T, K).sum(1) if x[0].numel() * K < 1e6 else None
+    pixel = f", each pixel's own histogram {entropy(each).mean():.2f}" if each is not None else ""
+    return f"the grey values' histogram {entropy(torch.bincount(x.flatten(), minlength=K)):.2f} bits/dim{pixel}"
+
+
+def entropy(counts):
+    """Entropy in bits of histograms (..., K)."""
+    return torch.distributions.Categorical(counts.double()).entropy() / math.log(2)
+
+
+# ---------------------------------------------------------------- network and diffusion
+
+class StateUNet(nn.Module):
+    """ddpm's U-Net for D3PM images: states enter as grey values and a sign for the mask; logits (B, C, H, W, K).
+
+    Up to 32 states have a logit each. More are a truncated logistic's, whose mean and scale the network
+    gives, raised at the state that x_t shows (Austin et al. 2021, appendix A.8 and B.1).
+    """
+
+    def __init__(self, K, mask, channels, **size):
+        super().__init__()
+        self.K, self.mask, self.levels, self.each = K, mask, K - (mask is not None), K if K <= 32 else 3
+        self.unet = ddpm.UNet(2 * channels, self.each * channels, **size)
+
+    def forward(self, xt, t):
+        masked = torch.zeros_like(xt, dtype=torch.bool) if self.mask is None else xt == self.mask
+        grey = (2 * xt.float() / (self.levels - 1) - 1).masked_fill(masked, 0.0)
+        B, C, H, W = xt.shape
+        out = self.unet(torch.cat([grey, masked.float()], dim=1), t).float().reshape(B, C, self.each, H, W).movedim(2, -1)
+        if self.K <= 32:
+            return out
+        mean, log_scale, shown = out.unbind(-1)
+        logits = d3pm.truncated_logistic(torch.where(masked, 0.0, grey) + mean, log_scale - 2, self.levels)
+        logits = nn.functional.pad(logits, (0, self.K - self.levels))
+        return logits.scatter_add(-1, xt[..., None], shown[..., None])
+
+
+def build(config):
+    """The network and the diffusion that a configuration describes."""
+    T, size = config["timesteps"], config["network"]
+    try:
+        if config["model"] == "ddpm":
+            schedule = dict(cosine=ddpm.cosine_beta_schedule, linear=ddpm.linear_beta_schedule)[config["schedule"]]
+            diffusion = ddpm.GaussianDiffusion(schedule(T), config["prediction"], config["variance"])
+            C, H, W = config["shape"]
+            net = ddpm.UNet(C, 2 * C if config["variance"] == "learned" else C, **size)
+        else:
+            betas = dict(cosine=d3pm.cosine_betas, linear=d3pm.linear_betas, mutual=d3pm.mutual_information_betas)
+            family = getattr(d3pm, config["transition"] + "_transition")
+            states = len(config["chars"]) if config["chars"] else config["levels"]
+            K = states + (config["transition"] == "absorbing")
+            diffusion = d3pm.D3PM(family(K, betas[config["schedule"]](T)), config["reverse"])
+            net = (d3pm.Transformer(K, config["shape"], **size) if config["chars"]
+                   else StateUNet(K, diffusion.transition.mask, config["shape"][0], **size))
+    except KeyError:
+        fail(f"--schedule {config['schedule']} is not for --model {config['model']}")
+    except ValueError as error:
+        fail(str(error))
+    return net, diffusion
+
+
+def states(x, config):
+    """Data as the diffusion takes it: [-1, 1] for ddpm, int64 states for d3pm; from uint8 images or numbers of characters."""
+    if config["model"] == "ddpm":
+        return x.float() / 127.5 - 1
+    return x.long() if config["chars"] else x.long() * config["levels"] // 256
+
+
+def pictures(x, config):
+    """The way back for images: uint8 (B, C, H, W). Masks become mid-grey."""
+    if config["model"] == "ddpm":
+        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    grey = (x * 255 / (config["levels"] - 1)).round().clamp(0, 255)
+    return grey.masked_fill(x >= config["levels"], 128).to(torch.uint8)
+
+
+# ---------------------------------------------------------------- the screen and the other processes
+
+def show(line, last=False, every=1, _count=[0]):
+    """A live line on a terminal; elsewhere a plain line, once in `every` calls and at the last."""
+    _count[0] = 0 if last else _count[0] + 1
+    if sys.stdout.isatty():
+        print(f"\r{line:<100}", end="\n" if last else "", flush=True)
+    elif last or _count[0] % max(every, 1) == 0:
+        print(line, flush=True)
+
+
+def find_device(name=None):
+    """The device asked for, else the best one found: this process's own CUDA device, mps, or the CPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"--device {name} can't be used here ({str(error).splitlines()[0]})")
+
+
+def join_processes(device):
+    """(rank, world) of this process under torchrun, (0, 1) without it."""
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def barrier():
+    """Wait for the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def save(path, state):
+    """Write a checkpoint whole or not at all, and keep the one before as *.previous.pt."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getvalue(), keep=path.with_suffix(".previous.pt"))
+
+
+def write_whole(path, content, keep=None):
+    """Bytes into a temporary file, flushed to the disk, then renamed: path never holds half of them."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            shutil.copyfile(path, keep.with_suffix(".tmp"))
+            os.replace(keep.with_suffix(".tmp"), keep)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load(out):
+    """The checkpoint of a run, on the CPU; one line where there is none or it can't be read."""
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        fail(f"no checkpoint in {out}: train first, or name the run with --out")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["config"].keys() and {"model", "ema", "optimizer", "step"} <= state.keys():
+            return state
+    except Exception:
+        pass
+    previous = path.with_suffix(".previous.pt")
+    fail(f"{path} is damaged or not a checkpoint of train.py" + (f"; the one before is {previous}" if previous.exists() else ""))
+
+
+def restore(out, device, args):
+    """Network with its EMA weights, diffusion and configuration of the run in `out`."""
+    state = load(out)
+    config = state["config"]
+    learned = config.get("variance") == "learned"
+    if getattr(args, "variance", "learned") != "learned":
+        config = config | dict(variance=fraction(args.variance))
+    net, _ = build(state["config"])
+    net.load_state_dict(state["ema"])
+    _, diffusion = build(config | dict(reverse=getattr(args, "reverse", config.get("reverse"))))
+    net = net.to(device).eval().requires_grad_(False)
+    if learned and config["variance"] != "learned":
+        C = config["shape"][0]
+        return lambda x, t: net(x, t)[:, :C], diffusion.to(device), config, state["step"]
+    return net, diffusion.to(device), config, state["step"]
+
+
+# ---------------------------------------------------------------- training
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first 2 % of the steps (at most 1000), then half a cosine down to 0."""
+    warm = min(1000, steps // 50 + 1)
+    return peak * min((step + 1) / warm, (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def batch(step, config, diffusion, train, part):
+    """The loss's arguments for one step, drawn by (seed, step) for the whole batch; this process's part of them.
+
+    So a run is the same however often it is stopped, and on any number of processes. The times are
+    stratified, one in each of batch_size equal shares of 1..T: the same mean loss with less noise.
+    """
+    torch.manual_seed(config["seed"] * 1_000_003 + step)
+    B, T, device = config["batch_size"], config["timesteps"], diffusion.device
+    if config["chars"]:
+        start = torch.randint(len(train) - config["length"] + 1, (B, 1), device=train.device)
+        x0 = train[start + torch.arange(config["length"], device=train.device)]
+    else:
+        x0 = train[torch.randint(len(train), (B,), device=train.device)]
+    x0 = states(x0.to(device, non_blocking=True), config)
+    t = ((torch.arange(B, device=device) + torch.rand(1, device=device)) / B * T).long().clamp(max=T - 1) + 1
+    noise = torch.randn_like(x0) if config["model"] == "ddpm" else diffusion.q_sample(x0, t)
+    return x0[part], t[part], noise[part]
+
+
+def objective(config, diffusion, model, x0, t, noise):
+    """The loss (B,) that train.py minimises: hybrid for ddpm; for d3pm the bound, or cross-entropy on images."""
+    if config["model"] == "ddpm":
+        learned = config["variance"] == "learned"
+        return (diffusion.loss_hybrid if learned else diffusion.loss_simple)(model, x0, t, noise)
+    return (diffusion.loss_vlb if config["chars"] else diffusion.loss_simple)(model, x0, t, noise)
+
+
+def average(net):
+    """The EMA of a network's weights; its decay warms up as (1 + n) / (10 + n), so that early weights are forgotten."""
+    def update(averages, weights, _):
+        n = ema.n_averaged.item()
+        torch._foreach_lerp_(averages, weights, 1 - min(0.9999, (1 + n) / (10 + n)))
+
+    ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=update)
+    ema.n_averaged = ema.n_averaged.cpu()        # torch reads it at each update: on a GPU that would wait
+    return ema
+
+
+def compiled(net, device, x, t):
+    """torch.compile(net) where that works on this GPU, else net itself and one line."""
+    if device.type != "cuda":
+        return net
+    try:
+        fast = torch.compile(net)
+        with torch.autocast("cuda", torch.bfloat16):
+            fast(x, t).float().mean().backward()
+        net.zero_grad()
+        return fast
+    except Exception as error:
+        print(f"going on uncompiled: {str(error).splitlines()[0][:100]}", flush=True)
+        return net
+
+
+def train(args, out, device):
+    """One run: new, or resumed from its checkpoint."""
+    rank, world = join_processes(device)
+    state = load(out) if getattr(args, "resume", False) else None
+    if state is None and (out / "checkpoint.pt").exists():
+        fail(f"{out} already holds a run: go on with --resume, or choose another --out")
+    source = getattr(args, "data", state["config"]["data"] if state else None)
+    data = load_data(source, args.data_dir, getattr(args, "size", 32), rank)
+    if state:
+        config = state["config"]
+        asked = {k: v for k, v in vars(args).items() if k in SETTINGS} | dict(data=data.source)
+        asked["variance"] = fraction(asked["variance"]) if asked.get("variance", "learned") != "learned" else "learned"
+        differ = [f"{k.replace('_', '-')} {config[k]} there, {v} here" for k, v in asked.items() if config.get(k, v) != v]
+        if differ or data.chars != config["chars"]:
+            fail(f"{out} was trained with other settings ({'; '.join(differ) or 'other characters'}): leave them out, "
+                 "or choose another --out")
+    else:
+        config = complete(args, data, device)
+    B, steps, T = config["batch_size"], config["steps"], config["timesteps"]
+    if B % world:
+        fail(f"--batch-size {B} does not divide by {world} processes")
+    if config["chars"] and min(len(data.train), len(data.test)) < config["length"]:
+        fail(f"{data.name} is too short for --length {config['length']}")
+
+    torch.manual_seed(config["seed"])
+    net, diffusion = build(config)
+    net, diffusion = net.to(device), diffusion.to(device)
+    if device.type == "cuda":
+        net = net.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config["lr"], betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ema, start = average(net), 0
+    if state:
+        net.load_state_dict(state["model"])
+        ema.module.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.n_averaged.fill_(state["step"])
+        start = state["step"]
+    if start >= steps:
+        fail(f"the run in {out} has done its {steps} steps: use it with --sample or --eval")
+
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "config.json", json.dumps(config, indent=1).encode())
+        params = sum(p.numel() for p in net.parameters())
+        print(f"{config['model']} on {data.name} ({len(data.train):,} {'characters' if data.chars else 'images'}), "
+              f"{params / 1e6:.2f} million parameters, {device}{f' x {world}' if world > 1 else ''}, batch {B}, "
+              f"{steps} steps -> {out}", flush=True)
+        print(f"yardsticks: {yardsticks(data, config)}; samples and bounds use the EMA weights", flush=True)
+        if not config["chars"]:
+            Image.fromarray(forward_picture(data.test[:1], [build(config)[1]], config)).save(out / "forward.png")
+    train_data = data.train.to(device) if data.train.numel() < 4e9 else data.train
+    part = slice(rank * B // world, (rank + 1) * B // world)
+    x0, t, noise = batch(0, config, diffusion, train_data, part)
+    fast = compiled(net, device, noise, t)
+    parallel = nn.parallel.DistributedDataParallel(fast, [device] if device.type == "cuda" else None) if world > 1 else fast
+
+    def model(xt, t):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return parallel(xt.to(memory_format=torch.channels_last) if device.type == "cuda" and xt.ndim == 4 else xt, t)
+
+    def checkpoint(step):
+        save(out / "checkpoint.pt", dict(model=net.state_dict(), ema=ema.module.state_dict(),
+                                         optimizer=optimizer.state_dict(), step=step, config=config))
+
+    stop = torch.zeros(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.fill_(1))
+    log_every, test_every = max(1, min(50, steps // 10)), max(1, steps // 5)
+    save_every = getattr(args, "save_every", max(1, steps // 10))
+    losses = torch.zeros(2, 4, device=device)                # by quarter of t: sum and number
+    bad = torch.full((), math.inf, device=device)            # the first step with a non-finite loss
+    rows = [row for row in read_log(out) if int(row["step"]) <= start]
+    clock, clock_step, bits = time.monotonic(), start, ""
+
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, config["lr"])
+        x0, t, noise = batch(step, config, diffusion, train_data, part)
+        loss = objective(config, diffusion, model, x0, t, noise)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        ema.update_parameters(net)
+        losses += torch.zeros_like(losses).index_add(1, (t - 1) * 4 // T, torch.stack([loss.detach(), torch.ones_like(loss)]))
+        bad = torch.where(loss.detach().isfinite().all(), bad, bad.clamp(max=step + 1))
+
+        done = step + 1
+        if done % log_every and done % save_every and done != steps and (world > 1 or not stop):
+            continue
+        # The one place that waits for the device: whatever is printed, saved or decided together.
+        seen = torch.cat([losses.flatten(), stop.to(device)])
+        if world > 1:
+            dist.all_reduce(seen)
+            dist.all_reduce(bad, dist.ReduceOp.MIN)
+        if bad.isfinite():
+            fail(f"the loss is not finite at step {int(bad)}: the last good checkpoint is kept in {out}; try a lower --lr"
+                 if rank == 0 else "stopped")
+        stopping = bool(seen[-1])
+        if rank == 0 and (done % test_every == 0 or done == steps) and not stopping:
+            bits = held_out(ema.module, diffusion, data, config, device, out)
+        if rank == 0 and (done % log_every == 0 or done == steps):
+            sums, numbers = seen[:-1].reshape(2, 4).tolist()
+            rate = (done - clock_step) * B / (time.monotonic() - clock)
+            row = dict(step=done, loss=sum(sums) / max(sum(numbers), 1), **{f"quarter{i + 1}": s / n if n else math.nan
+                       for i, (s, n) in enumerate(zip(sums, numbers))},
+                       lr=optimizer.param_groups[0]["lr"], rate=rate, test_bits=bits)
+            rows.append(row)
+            write_log(out, rows)
+            left = int((steps - done) * B / rate)
+            quarters = " ".join(f"{row[f'quarter{i}']:.3f}" for i in range(1, 5))
+            show(f"step {done}/{steps}  loss {row['loss']:.4f} (by t: {quarters})  {rate:.0f}/s  "
+                 f"{left // 60}:{left % 60:02d} left" + (f"  test {bits:.3f} bits/dim" if bits else ""), last=done == steps)
+            losses.zero_()
+            clock, clock_step, bits = time.monotonic(), done, ""
+        elif world > 1 and done % log_every == 0:
+            losses.zero_()
+        if rank == 0 and (done % save_every == 0 or done == steps or stopping):
+            checkpoint(done)
+        if stopping:
+            fail(f"stopped at step {done}; go on with --resume" if rank == 0 else "stopped")
+    if rank == 0:
+        loss_figure(out)
+        sample(ema.module.eval(), diffusion, config, out, 16 if config["chars"] else 64, args)
+        print(f"written to {out}: " + ", ".join(sorted(f.name for f in out.iterdir())))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def read_log(out):
+    """The rows of log.csv, if there is one."""
+    path = out / "log.csv"
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def write_log(out, rows):
+    """log.csv anew, whole."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[-1].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(out / "log.csv", text.getvalue().encode())
+
+
+@torch.no_grad()
+def held_out(net, diffusion, data, config, device, out):
+    """Bits/dim of 64 test examples in 20 steps, and a grid of samples so far. The next step sets its own seed."""
+    torch.manual_seed(0)
+    x0 = states(test_examples(data, config, 64).to(device), config)
+    bits = diffusion.bits_per_dim(net.eval(), x0, 20)["total"].mean().item()
+    if not config["chars"]:
+        save_grid(out / "samples.png", pictures(draw(net, diffusion, config, 16, 20)[0], config))
+    return bits
+
+
+def test_examples(data, config, n):
+    """The first n test images, or n windows spread over the test text."""
+    if not config["chars"]:
+        return data.test[:n]
+    starts = torch.linspace(0, len(data.test) - config["length"], n).long()
+    return data.test[starts[:, None] + torch.arange(config["length"])]
+
+
+# ---------------------------------------------------------------- sampling
+
+def draw(net, diffusion, config, n, steps, eta=None, known=None, frames=30):
+    """n samples on the CPU, and about `frames` pairs (s, xs) on the way to them."""
+    extra = dict(eta=eta) if config["model"] == "ddpm" else dict(known=known)
+
+    def network(x, t):
+        with torch.autocast(diffusion.device.type, torch.bfloat16, enabled=diffusion.device.type == "cuda"):
+            return net(x, t)
+
+    grid, kept = [0, *diffusion.timesteps(steps)], []
+    for i, (s, xs, _) in enumerate(diffusion.sample_progressive(network, (n, *config["shape"]), steps, **extra)):
+        if s == 0 or i % max(1, len(grid) // frames) == 0:
+            kept.append((s, xs.cpu()))
+    return kept[-1][1], kept
+
+
+def sample(net, diffusion, config, out, n, args):
+    """n samples into out, in chunks: samples.png, samples.gif and samples.npy; or samples.txt and samples.gif."""
+    torch.manual_seed(getattr(args, "seed", config["seed"]))
+    steps = getattr(args, "sample_steps", config["timesteps"] if config["chars"] else 50)
+    known = encode_prompt(args.prompt, config) if hasattr(args, "prompt") else None
+    chunk, parts = 64 if diffusion.device.type == "cpu" else 512, []
+    for first in range(0, n, chunk):
+        x0, frames = draw(net, diffusion, config, min(chunk, n - first), steps, getattr(args, "eta", None), known)
+        parts.append(x0)
+        if first == 0:
+            film = frames
+        show(f"sampled {min(first + chunk, n)} of {n}", last=first + chunk >= n, every=5)
+    x0 = torch.cat(parts)
+    if config["chars"]:
+        (out / "samples.txt").write_text("\n\n".join(f"--- {i + 1}\n{text}" for i, text in enumerate(decode(x0, config))) + "\n")
+        save_gif(out / "samples.gif", [text_picture(decode(xs[:4], config)) for _, xs in film])
+        for s, xs in film[::max(1, len(film) // 6)] + film[-1:]:
+            print(f"t = {s:4d}  {decode(xs[:1], config)[0][:70]!r}")
+        return
+    images = pictures(x0, config)
+    np.save(out / "samples.npy", images.permute(0, 2, 3, 1).numpy())
+    save_grid(out / "samples.png", images[:64])
+    save_gif(out / "samples.gif", [grid_picture(pictures(xs[:64], config)) for _, xs in film])
+
+
+def decode(x, config):
+    """Numbers of characters (B, L) as strings; a mask is shown as a middle dot."""
+    characters = config["chars"] + "\N{MIDDLE DOT}"
+    return ["".join(characters[i] for i in row) for row in x.tolist()]
+
+
+def encode_prompt(prompt, config):
+    """A prompt as the `known` of D3PM.sample, (L,): -1 where it says _ and after its end."""
+    if not config["chars"]:
+        fail("--prompt is for text, and this run is of images")
+    strange = sorted(set(prompt) - set(config["chars"]) - {"_"})
+    if strange or len(prompt) > config["length"]:
+        fail(f"--prompt has characters that the run does not know: {strange}" if strange
+             else f"--prompt is longer than the run's {config['length']} characters")
+    return torch.tensor([-1 if c == "_" else config["chars"].index(c) for c in prompt.ljust(config["length"], "_")])
+
+
+def grid_picture(images):
+    """uint8 (N, C, H, W) as one square-ish picture, twice as large as life where that is small."""
+    grid = torchvision.utils.make_grid(images, nrow=math.ceil(len(images) ** 0.5), padding=2, pad_value=255)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST) if picture.width < 400 else picture
+
+
+def save_grid(path, images):
+    """grid_picture as a PNG."""
+    grid_picture(images).save(path)
+
+
+def save_gif(path, frames):
+    """Pictures as a GIF that rests on the last."""
+    frames = [frame.convert("P", palette=Image.Palette.ADAPTIVE, colors=32) for frame in frames]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[80] * (len(frames) - 1) + [3000], loop=0)
+
+
+def text_picture(texts, columns=64):
+    """Strings as a picture of typed text, each wrapped at so many columns."""
+    rows = [line for text in texts for part in [text.replace("\n", " ")]
+            for line in [part[i:i + columns] for i in range(0, len(part), columns)] + [""]]
+    font = ImageFont.truetype(str(FONTS / "DejaVuSansMono.ttf"), 14)
+    picture = Image.new("L", (int(columns * font.getlength("x")) + 16, 19 * len(rows)), 255)
+    for i, row in enumerate(rows):
+        ImageDraw.Draw(picture).text((8, 19 * i + 8), row, font=font, fill=0)
+    return picture
+
+
+# ---------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def evaluate(net, diffusion, config, out, n, args, data):
+    """The bound on n test examples, term by term: eval.json, a table, terms.png and lossy.png."""
+    torch.manual_seed(getattr(args, "seed", config["seed"]))
+    steps, device = getattr(args, "sample_steps", 100), diffusion.device
+    examples, parts = test_examples(data, config, n), []
+    for chunk in examples.split(64 if device.type == "cpu" else 256):
+        parts.append(diffusion.bits_per_dim(net, states(chunk.to(device), config), steps))
+        show(f"bounds of {min(64 * len(parts), len(examples))} of {len(examples)}", every=4)
+    result = {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}
+    grid, unit = diffusion.timesteps(steps), "bits/char" if config["chars"] else "bits/dim"
+    terms, total = result["terms"].mean(0), result["total"]
+    show(f"{config['model']} on {data.name}: {total.mean():.4f} {unit} +- {total.std() / len(total) ** 0.5:.4f} "
+         f"on {len(total)} test examples, {len(grid)} steps", last=True)
+    print(f"  L_T {result['prior'].mean():.4f}\n  L_t {terms[1:].sum():.4f} in {len(grid) - 1} terms, by quarter of t: "
+          + " ".join(f"{quarter.sum():.4f}" for quarter in terms[1:].tensor_split(4)) + f"\n  L_0 {terms[0]:.4f}")
+    print(f"  yardsticks: {yardsticks(data, config)}")
+    error = result["x0_mse" if "x0_mse" in result else "x0_error"].mean(0)
+    write_whole(out / "eval.json", json.dumps(dict(
+        total=total.mean().item(), prior=result["prior"].mean().item(), steps=grid, terms=terms.tolist(),
+        x0_mse_or_error=error.tolist(), examples=len(total), unit=unit)).encode())
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    lengths = torch.tensor(grid) - torch.tensor([0, *grid[:-1]])
+    left.loglog(grid, (terms / lengths).clamp(min=1e-9), ".-", markersize=3)
+    left.set(xlabel="t", ylabel=f"{unit} for a unit of t", title="the bound's terms: L_0 first")
+    # Sent from T downwards, x_s costs L_T and the terms above it; from x_s the receiver guesses x0_hat.
+    rate = result["prior"].mean() + terms.flip(0).cumsum(0)
+    distortion = error.flip(0).sqrt() * 127.5 if "x0_mse" in result else 100 * error.flip(0)
+    right.plot(torch.cat([result["prior"].mean()[None], rate[:-1]]), distortion, ".-", markersize=3)
+    right.set(xlabel=f"rate, {unit}", title="progressive lossy compression",
+              ylabel="root mean square error, of 255" if "x0_mse" in result else "places guessed wrong, %")
+    figure.savefig(out / "terms.png", dpi=110)
+    plt.close(figure)
+    if not config["chars"]:
+        lossy_pictures(net, diffusion, config, out / "lossy.png", states(examples[:8].to(device), config), grid)
+
+
+def lossy_pictures(net, diffusion, config, path, x0, grid):
+    """What a receiver who has x_t guesses, for eight test images (rows) and falling t (columns); last the image."""
+    columns = []
+    for t in [grid[i] for i in torch.linspace(len(grid) - 1, 0, 9).long().tolist()]:
+        xt = diffusion.q_sample(x0, t)
+        if config["model"] == "ddpm":
+            columns.append(pictures(diffusion.p_reverse(net, xt, t)[2], config))
+        else:
+            columns.append(pictures(diffusion.p_sample(net, xt, t)[1].argmax(-1), config))
+    columns.append(pictures(x0, config))
+    images = torch.stack(columns, dim=1).flatten(0, 1).cpu()
+    Image.fromarray(torchvision.utils.make_grid(images, nrow=10, pad_value=255).permute(1, 2, 0).numpy()).save(path)
+
+
+# ---------------------------------------------------------------- figures
+
+def plot(path, *panels, size=(9, 3)):
+    """One figure of panels side by side; a panel is a function that draws on its axes."""
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels):
+        panel(axis)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def loss_figure(out):
+    """loss.png from log.csv: the loss by quarter of t, and the held-out bound."""
+    rows = read_log(out)
+    step = [int(row["step"]) for row in rows]
+
+    def loss(axis):
+        for i in range(1, 5):
+            axis.semilogy(step, [float(row[f"quarter{i}"]) for row in rows], label=f"quarter {i} of t")
+        axis.semilogy(step, [float(row["loss"]) for row in rows], "k", label="all")
+        axis.set(xlabel="step", title="training loss")
+        axis.legend(fontsize=7)
+
+    def bound(axis):
+        seen = [(int(row["step"]), float(row["test_bits"])) for row in rows if row["test_bits"]]
+        axis.plot(*zip(*seen), "o-") if seen else None
+        axis.set(xlabel="step", title="bits/dim of 64 test examples, EMA weights")
+
+    plot(out / "loss.png", loss, bound)
+
+
+def forward_picture(x0, diffusions, config):
+    """One image at ten times under each diffusion, a row each, as one picture."""
+    torch.manual_seed(0)
+    images = []
+    for diffusion in diffusions:
+        T = diffusion.T
+        times = torch.linspace(0, T, 10).long().tolist()
+        x = states(x0, config)
+        images += [pictures(diffusion.q_step(x, 0, t).cpu(), config) for t in times]
+    return torchvision.utils.make_grid(torch.cat(images), nrow=10, pad_value=255).permute(1, 2, 0).numpy()
+
+
+def figures(folder, data):
+    """The README's pictures that need no training."""
+    T, chains = 1000, {}
+    for name, schedule in (("linear", ddpm.linear_beta_schedule), ("cosine", ddpm.cosine_beta_schedule)):
+        chains[name] = ddpm.GaussianDiffusion(schedule(T), variance=0.0)
+
+    def strip(axis, diffusions, config, names):
+        axis.imshow(forward_picture(data.test[:1], diffusions, config), cmap="gray")
+        axis.set_yticks([30 * i + 16 for i in range(len(names))], names)
+        axis.set_xticks([30 * i + 16 for i in range(10)], [f"{i / 9:.2g}" for i in range(10)])
+        axis.set(xlabel="t / T")
+
+    def kept(axis):
+        for name, chain in chains.items():
+            axis.plot(chain.alpha_bar, label=name)
+        axis.set(xlabel="t", title="alpha_bar: share of the signal's power")
+        axis.legend()
+
+    plot(folder / "forward.png", lambda axis: strip(axis, chains.values(), dict(model="ddpm"), chains), kept, size=(11, 2.6))
+
+    def ratio(axis):
+        for n in (1000, 100, 10):
+            grid = chains["cosine"].timesteps(n)
+            s, t = torch.tensor(grid[:-1]), torch.tensor(grid[1:])
+            noise = 1 - chains["cosine"].alpha_bar
+            axis.plot(t, noise[s] / noise[t], label=f"{n} steps")
+        axis.set(xlabel="t", title="beta_tilde / beta: the ends of the learned range")
+        axis.legend()
+
+    def weights(axis):
+        for name, chain in chains.items():
+            t = torch.arange(2, T + 1)
+            x = torch.zeros(len(t), 1)
+            alpha, beta = chain._step(x, t, t - 1)
+            noise_s = chain._step(x, t - 1)[1]
+            axis.semilogy(t, beta / (2 * alpha * noise_s), label=name)
+        axis.set(xlabel="t", title="the weight of ||eps - eps_hat||^2 that L_simple drops")
+        axis.legend()
+
+    def strides(axis):
+        for n, height in ((1000, 3), (50, 2), (10, 1)):
+            axis.plot(chains["cosine"].timesteps(n), [height] * n, "|", markersize=14)
+        axis.set(xlabel="t", yticks=[3, 2, 1], yticklabels=["1000 steps", "50", "10"], ylim=(0.3, 3.7),
+                 title="strided sampling: a list of times")
+
+    plot(folder / "improved.png", ratio, weights, strides, size=(13, 3))
+
+    def decoder(axis):
+        levels, mean, log_std = 9, torch.tensor(0.4), torch.tensor(0.25).log()
+        x = torch.linspace(-1, 1, levels)
+        mass = ddpm.discretized_gaussian_log_likelihood(x, mean, log_std, levels).exp()
+        fine = torch.linspace(-1.4, 1.6, 300)
+        axis.plot(fine, torch.distributions.Normal(mean, 0.25).log_prob(fine).exp() / 4, "k", label="density, scaled to a bin")
+        axis.bar(x, mass, 0.24, alpha=0.5, label="mass of a level's bin; the outer two are open")
+        axis.set(xlabel="x_0", title="the decoder L_0, for 9 levels")
+        axis.legend(fontsize=7, loc="upper left")
+
+    plot(folder / "decoder.png", decoder, size=(5, 3))
+
+    K, T = 16, 100
+    points = torch.linspace(0, 6.28, K + 1)[:K]
+    families = dict(uniform=d3pm.uniform_transition(K, d3pm.cosine_betas(T)),
+                    absorbing=d3pm.absorbing_transition(K, d3pm.mutual_information_betas(T)),
+                    gaussian=d3pm.gaussian_transition(K, d3pm.linear_betas(T)),
+                    neighbour=d3pm.neighbour_transition(torch.stack([points.cos(), points.sin()], 1), d3pm.linear_betas(T), 3))
+
+    def matrix(name, family):
+        def panel(axis):
+            axis.imshow(family.matrix(0, T // 4), cmap="magma", vmin=0, vmax=0.5)
+            axis.set(title=f"Q_bar, {name}", xlabel="x_t", ylabel="x_0", xticks=[], yticks=[])
+        return panel
+
+    plot(folder / "transitions.png", *[matrix(*item) for item in families.items()], size=(11, 3))
+    names, K, T = ["uniform", "absorbing", "gaussian"], 256, 100
+    chains_of_states = [d3pm.D3PM(d3pm.uniform_transition(K, d3pm.cosine_betas(T))),
+                        d3pm.D3PM(d3pm.absorbing_transition(K + 1, d3pm.mutual_information_betas(T))),
+                        d3pm.D3PM(d3pm.gaussian_transition(K, d3pm.linear_betas(T)))]
+    plot(folder / "forward-d3pm.png",
+         lambda axis: strip(axis, chains_of_states, dict(model="d3pm", chars=None, levels=K), names), size=(9, 3.2))
+    print(f"written to {folder}: " + ", ".join(sorted(f.name for f in folder.glob("*.png"))))
+
+
+# ---------------------------------------------------------------- what was asked for
+
+def main(argv=None):
+    """Train, sample, evaluate or draw, as the command line says; every foreseeable fault ends in one line."""
+    args = options(argv)
+    args.model, args.data_dir = getattr(args, "model", "ddpm"), getattr(args, "data_dir", "data")
+    try:
+        device = find_device(getattr(args, "device", None))
+        if hasattr(args, "figures"):
+            return figures(pathlib.Path("assets"), load_data(getattr(args, "data", None), args.data_dir))
+        name = pathlib.Path(getattr(args, "data", "fashion-mnist")).stem
+        out = pathlib.Path(getattr(args, "out", f"runs/{args.model}-{name}"))
+        if not (hasattr(args, "sample") or hasattr(args, "eval")):
+            return train(args, out, device)
+        net, diffusion, config, _ = restore(out, device, args)
+        if hasattr(args, "sample"):
+            sample(net, diffusion, config, out, args.sample, args)
+        if hasattr(args, "eval"):
+            data = load_data(getattr(args, "data", config["data"]), args.data_dir, config.get("size", 32))
+            evaluate(net, diffusion, config, out, args.eval, args, data)
+        print(f"written to {out}: " + ", ".join(sorted(f.name for f in out.iterdir())))
+    except OSError as error:
+        fail(f"{error.filename or error}: {error.strerror or error}")
+
+
+if __name__ == "__main__":
+    main()
