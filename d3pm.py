@@ -61,7 +61,7 @@ class Transition(nn.Module):
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
         self.K, self.mask = len(self.stationary), None
-        if not (self.stationary >= 0).all() or abs(self.stationary.sum() - 1) > 1e-6:
+        if not ((self.stationary >= 0).all() and (self.stationary.sum() - 1).abs() < 1e-6):
             raise ValueError(f"stationary must be probabilities that sum to 1, got {self.stationary}")
 
     def _apply(self, fn, recurse=True):
@@ -154,7 +154,7 @@ class MixingTransition(Transition):
     def draw(self, x, s, t):
         """A draw of q(x_t | x_s = x), int64 (...), at O(1) a place."""
         _, b = self.mix(s, t, x.ndim - 1)
-        return torch.where(torch.rand(x.shape, device=x.device) < _to(b, torch.rand(0)).to(x.device),
+        return torch.where(torch.rand(x.shape, device=x.device) < _to(b, torch.empty(0, device=x.device)),
                            self.sample_prior(x.shape), x)
 
 
@@ -607,6 +607,18 @@ def zero(module):
     return module
 
 
+def rotate(x):
+    """x (..., N, dim) with pairs of features turned by angles that grow with the place, Su et al. 2021, 2104.09864.
+
+    The product of a query and a key then depends on how far apart their places are.
+    """
+    N, half = x.shape[-2], x.shape[-1] // 2
+    angles = timestep_embedding(torch.arange(N, device=x.device), 2 * half, max_period=1000).to(x.dtype)
+    cos, sin = angles.chunk(2, dim=-1)
+    a, b = x[..., :half], x[..., half:2 * half]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half:]], dim=-1)
+
+
 class Block(nn.Module):
     """Self-attention, then a two-layer network, on (B, N, width); time scales, shifts and gates both [P]."""
 
@@ -622,8 +634,8 @@ class Block(nn.Module):
         B, N, C = x.shape
         scale1, shift1, gate1, scale2, shift2, gate2 = self.time(emb)[:, None].chunk(6, dim=-1)
         h = self.norm(x) * (1 + scale1) + shift1
-        qkv = self.qkv(h).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(B, N, C)
+        q, k, v = self.qkv(h).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(rotate(q), rotate(k), v).transpose(1, 2).reshape(B, N, C)
         x = x + gate1 * self.dropout(self.out(h))
         h = self.norm(x) * (1 + scale2) + shift2
         return x + gate2 * self.dropout(self.mlp(h))

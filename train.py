@@ -25,11 +25,15 @@ import threading
 import time
 from types import SimpleNamespace
 
+# Threads of a CPU that others use too must sleep while they wait, not spin: a run can be ten times slower otherwise.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
@@ -37,7 +41,6 @@ import d3pm
 import ddpm
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
 
 FONTS = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 TORCHVISION = {"fashion-mnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10"}
@@ -56,9 +59,9 @@ SETTINGS = ("model data steps batch_size lr seed timesteps schedule prediction v
 
 # Network, batch, steps and peak learning rate by what is trained and where.
 SIZES = {
-    ("ddpm", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=64, lr=2e-3, steps=2500),
+    ("ddpm", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=32, lr=3e-3, steps=5000),
     ("ddpm", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), batch_size=256, lr=5e-4, steps=50000),
-    ("d3pm image", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=64, lr=2e-3, steps=2500),
+    ("d3pm image", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=32, lr=3e-3, steps=5000),
     ("d3pm image", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), batch_size=256, lr=5e-4, steps=50000),
     ("d3pm text", "cpu"): dict(width=192, depth=4, batch_size=32, lr=2e-3, steps=4000),
     ("d3pm text", "gpu"): dict(width=512, depth=8, heads=8, batch_size=256, lr=1e-3, steps=20000, dropout=0.1),
@@ -117,6 +120,7 @@ def positive(kind):
 
 def complete(args, data, device):
     """The whole configuration of a run: what was given, then defaults by model, data and device."""
+    args.model = getattr(args, "model", "ddpm")
     text, discrete = data.chars is not None, args.model == "d3pm"
     if text and not discrete:
         fail(f"--data {data.name} is text: it needs --model d3pm")
@@ -133,7 +137,7 @@ def complete(args, data, device):
         config |= dict(prediction="eps", variance="learned")
     config |= dict(size=data.shape[-1]) if os.path.isdir(data.source) else {}
     config |= {k: size.pop(k) for k in ("steps", "batch_size", "lr", "width")}
-    given = {k: v for k, v in vars(args).items() if k in SETTINGS and k != "data"}
+    given = {k: v for k, v in vars(args).items() if k in SETTINGS and k not in ("data", "model")}
     for name in given.keys() - config.keys():
         fail(f"--{name.replace('_', '-')} has no meaning for --model {args.model} on --data {data.name}")
     config |= given
@@ -460,11 +464,10 @@ def restore(out, device, args):
     net, _ = build(state["config"])
     net.load_state_dict(state["ema"])
     _, diffusion = build(config | dict(reverse=getattr(args, "reverse", config.get("reverse"))))
-    net = net.to(device).eval().requires_grad_(False)
+    net, C = net.to(device).eval().requires_grad_(False), config["shape"][0]
     if learned and config["variance"] != "learned":
-        C = config["shape"][0]
-        return lambda x, t: net(x, t)[:, :C], diffusion.to(device), config, state["step"]
-    return net, diffusion.to(device), config, state["step"]
+        return lambda x, t: net(x, t)[:, :C], diffusion.to(device), config
+    return net, diffusion.to(device), config
 
 
 # ---------------------------------------------------------------- training
@@ -528,29 +531,39 @@ def compiled(net, device, x, t):
         return net
 
 
+def prepare(args, out, device, rank):
+    """The data, the configuration and, for --resume, the checkpoint of the run that was asked for."""
+    state = load(out) if getattr(args, "resume", False) else None
+    source = getattr(args, "data", state["config"]["data"] if state else None)
+    data = load_data(source, args.data_dir, getattr(args, "size", state["config"].get("size", 32) if state else 32), rank)
+    if state is None:
+        config = complete(args, data, device)
+    else:
+        config = state["config"]
+        asked = {k: v for k, v in vars(args).items() if k in SETTINGS} | dict(data=data.source)
+        if asked.get("variance", "learned") != "learned":
+            asked["variance"] = fraction(asked["variance"])
+        differ = [f"{k.replace('_', '-')} {config.get(k)} there, {v} here" for k, v in asked.items() if config.get(k) != v]
+        if differ or data.chars != config["chars"]:
+            fail(f"{out} was trained with other settings ({'; '.join(differ) or 'the characters of the text'}): "
+                 "leave them out, or choose another --out")
+        if state["step"] >= config["steps"]:
+            fail(f"the run in {out} has done its {config['steps']} steps: use it with --sample or --eval")
+    if config["chars"] and min(len(data.train), len(data.test)) < config["length"]:
+        fail(f"{data.name} is too short for --length {config['length']}")
+    return data, config, state
+
+
 def train(args, out, device):
     """One run: new, or resumed from its checkpoint."""
     rank, world = join_processes(device)
-    state = load(out) if getattr(args, "resume", False) else None
+    data, config, state = prepare(args, out, device, rank)
+    out = out or pathlib.Path(f"runs/{config['model']}-{data.name}")
     if state is None and (out / "checkpoint.pt").exists():
         fail(f"{out} already holds a run: go on with --resume, or choose another --out")
-    source = getattr(args, "data", state["config"]["data"] if state else None)
-    data = load_data(source, args.data_dir, getattr(args, "size", 32), rank)
-    if state:
-        config = state["config"]
-        asked = {k: v for k, v in vars(args).items() if k in SETTINGS} | dict(data=data.source)
-        asked["variance"] = fraction(asked["variance"]) if asked.get("variance", "learned") != "learned" else "learned"
-        differ = [f"{k.replace('_', '-')} {config[k]} there, {v} here" for k, v in asked.items() if config.get(k, v) != v]
-        if differ or data.chars != config["chars"]:
-            fail(f"{out} was trained with other settings ({'; '.join(differ) or 'other characters'}): leave them out, "
-                 "or choose another --out")
-    else:
-        config = complete(args, data, device)
     B, steps, T = config["batch_size"], config["steps"], config["timesteps"]
     if B % world:
         fail(f"--batch-size {B} does not divide by {world} processes")
-    if config["chars"] and min(len(data.train), len(data.test)) < config["length"]:
-        fail(f"{data.name} is too short for --length {config['length']}")
 
     torch.manual_seed(config["seed"])
     net, diffusion = build(config)
@@ -565,96 +578,101 @@ def train(args, out, device):
         optimizer.load_state_dict(state["optimizer"])
         ema.n_averaged.fill_(state["step"])
         start = state["step"]
-    if start >= steps:
-        fail(f"the run in {out} has done its {steps} steps: use it with --sample or --eval")
-
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "config.json", json.dumps(config, indent=1).encode())
-        params = sum(p.numel() for p in net.parameters())
-        print(f"{config['model']} on {data.name} ({len(data.train):,} {'characters' if data.chars else 'images'}), "
-              f"{params / 1e6:.2f} million parameters, {device}{f' x {world}' if world > 1 else ''}, batch {B}, "
-              f"{steps} steps -> {out}", flush=True)
-        print(f"yardsticks: {yardsticks(data, config)}; samples and bounds use the EMA weights", flush=True)
-        if not config["chars"]:
-            Image.fromarray(forward_picture(data.test[:1], [build(config)[1]], config)).save(out / "forward.png")
-    train_data = data.train.to(device) if data.train.numel() < 4e9 else data.train
+    examples = data.train.to(device) if data.train.numel() < 4e9 else data.train
     part = slice(rank * B // world, (rank + 1) * B // world)
-    x0, t, noise = batch(0, config, diffusion, train_data, part)
-    fast = compiled(net, device, noise, t)
+    try:
+        x0, t, noise = batch(start, config, diffusion, examples, part)
+        objective(config, diffusion, net, x0[:1], t[:1], noise[:1])
+    except ValueError as error:
+        fail(f"{error}; see --size, --width, --levels and --length")
+    fast = compiled(net, device, x0 if config["model"] == "d3pm" else noise, t)
     parallel = nn.parallel.DistributedDataParallel(fast, [device] if device.type == "cuda" else None) if world > 1 else fast
 
     def model(xt, t):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return parallel(xt.to(memory_format=torch.channels_last) if device.type == "cuda" and xt.ndim == 4 else xt, t)
+            return parallel(xt, t)
 
-    def checkpoint(step):
-        save(out / "checkpoint.pt", dict(model=net.state_dict(), ema=ema.module.state_dict(),
-                                         optimizer=optimizer.state_dict(), step=step, config=config))
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "config.json", json.dumps(config, indent=1).encode())
+        print(f"{config['model']} on {data.name} ({len(data.train):,} {'characters' if data.chars else 'images'}), "
+              f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} million parameters, {device}"
+              f"{f' x {world}' if world > 1 else ''}, batch {B}, steps {start} to {steps} -> {out}")
+        print(f"yardsticks: {yardsticks(data, config)}; samples and bounds use the EMA weights", flush=True)
+        if not config["chars"]:
+            Image.fromarray(forward_picture(data.test[:1], [build(config)[1]], config)).save(out / "forward.png")
 
     stop = torch.zeros(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.fill_(1))
     log_every, test_every = max(1, min(50, steps // 10)), max(1, steps // 5)
     save_every = getattr(args, "save_every", max(1, steps // 10))
-    losses = torch.zeros(2, 4, device=device)                # by quarter of t: sum and number
-    bad = torch.full((), math.inf, device=device)            # the first step with a non-finite loss
     rows = [row for row in read_log(out) if int(row["step"]) <= start]
-    clock, clock_step, bits = time.monotonic(), start, ""
+    losses = torch.zeros(2, 4, device=device)                # by quarter of t: sum and number
+    bad = torch.full((), math.inf, device=device)            # the first step with a loss that is not finite
+    since, clock = start, time.monotonic()
 
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, config["lr"])
-        x0, t, noise = batch(step, config, diffusion, train_data, part)
+        x0, t, noise = batch(step, config, diffusion, examples, part)
         loss = objective(config, diffusion, model, x0, t, noise)
         optimizer.zero_grad()
         loss.mean().backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         ema.update_parameters(net)
-        losses += torch.zeros_like(losses).index_add(1, (t - 1) * 4 // T, torch.stack([loss.detach(), torch.ones_like(loss)]))
-        bad = torch.where(loss.detach().isfinite().all(), bad, bad.clamp(max=step + 1))
+        loss, done = loss.detach(), step + 1
+        losses += torch.zeros_like(losses).index_add(1, (t - 1) * 4 // T, torch.stack([loss, torch.ones_like(loss)]))
+        bad = torch.where(loss.isfinite().all(), bad, bad.clamp(max=done))
 
-        done = step + 1
-        if done % log_every and done % save_every and done != steps and (world > 1 or not stop):
+        report, keep = done % log_every == 0 or done == steps, done % save_every == 0 or done == steps
+        if not (report or keep or world == 1 and stop):
             continue
-        # The one place that waits for the device: whatever is printed, saved or decided together.
+        # The one place that waits for the device, and where the processes agree.
         seen = torch.cat([losses.flatten(), stop.to(device)])
         if world > 1:
             dist.all_reduce(seen)
             dist.all_reduce(bad, dist.ReduceOp.MIN)
-        if bad.isfinite():
-            fail(f"the loss is not finite at step {int(bad)}: the last good checkpoint is kept in {out}; try a lower --lr"
-                 if rank == 0 else "stopped")
-        stopping = bool(seen[-1])
-        if rank == 0 and (done % test_every == 0 or done == steps) and not stopping:
-            bits = held_out(ema.module, diffusion, data, config, device, out)
-        if rank == 0 and (done % log_every == 0 or done == steps):
-            sums, numbers = seen[:-1].reshape(2, 4).tolist()
-            rate = (done - clock_step) * B / (time.monotonic() - clock)
-            row = dict(step=done, loss=sum(sums) / max(sum(numbers), 1), **{f"quarter{i + 1}": s / n if n else math.nan
-                       for i, (s, n) in enumerate(zip(sums, numbers))},
-                       lr=optimizer.param_groups[0]["lr"], rate=rate, test_bits=bits)
+        *seen, stopping = seen.tolist()
+        if math.isfinite(bad):
+            leave(rank, f"the loss is not finite at step {int(bad)}: {out} keeps the last good checkpoint; try a lower --lr")
+        if report and rank == 0:
+            sums, numbers, rate = seen[:4], seen[4:], (done - since) * B / (time.monotonic() - clock)
+            row = dict(step=done, loss=sum(sums) / sum(numbers), lr=group["lr"], rate=round(rate, 1), test_bits="")
+            row |= {f"quarter{i + 1}": sums[i] / numbers[i] if numbers[i] else math.nan for i in range(4)}
+            if done % test_every == 0 or done == steps:
+                row["test_bits"] = held_out(ema.module, diffusion, data, config, out)
             rows.append(row)
             write_log(out, rows)
-            left = int((steps - done) * B / rate)
-            quarters = " ".join(f"{row[f'quarter{i}']:.3f}" for i in range(1, 5))
-            show(f"step {done}/{steps}  loss {row['loss']:.4f} (by t: {quarters})  {rate:.0f}/s  "
-                 f"{left // 60}:{left % 60:02d} left" + (f"  test {bits:.3f} bits/dim" if bits else ""), last=done == steps)
+            left, quarters = int((steps - done) * B / rate), " ".join(f"{row[f'quarter{i}']:.3f}" for i in range(1, 5))
+            bits = f"  test {row['test_bits']:.3f} bits/dim" if row["test_bits"] else ""
+            show(f"step {done}/{steps}  loss {row['loss']:.4f} (by t {quarters})  {rate:.0f}/s  "
+                 f"{left // 60}:{left % 60:02d} left{bits}", last=done == steps)
+        if report:
             losses.zero_()
-            clock, clock_step, bits = time.monotonic(), done, ""
-        elif world > 1 and done % log_every == 0:
-            losses.zero_()
-        if rank == 0 and (done % save_every == 0 or done == steps or stopping):
-            checkpoint(done)
+            since, clock = done, time.monotonic()
+        if rank == 0 and (keep or stopping):
+            save(out / "checkpoint.pt", dict(model=net.state_dict(), ema=ema.module.state_dict(),
+                                             optimizer=optimizer.state_dict(), step=done, config=config))
         if stopping:
-            fail(f"stopped at step {done}; go on with --resume" if rank == 0 else "stopped")
+            leave(rank, f"stopped at step {done}; go on with --resume")
     if rank == 0:
         loss_figure(out)
         sample(ema.module.eval(), diffusion, config, out, 16 if config["chars"] else 64, args)
-        print(f"written to {out}: " + ", ".join(sorted(f.name for f in out.iterdir())))
+        print_written(out)
     if world > 1:
         dist.destroy_process_group()
+
+
+def leave(rank, message):
+    """End every process; only the first one says why."""
+    fail(message) if rank == 0 else sys.exit(1)
+
+
+def print_written(out):
+    """The files of a run."""
+    print(f"in {out}: " + ", ".join(sorted(file.name for file in out.iterdir())))
 
 
 def read_log(out):
@@ -673,10 +691,10 @@ def write_log(out, rows):
 
 
 @torch.no_grad()
-def held_out(net, diffusion, data, config, device, out):
+def held_out(net, diffusion, data, config, out):
     """Bits/dim of 64 test examples in 20 steps, and a grid of samples so far. The next step sets its own seed."""
     torch.manual_seed(0)
-    x0 = states(test_examples(data, config, 64).to(device), config)
+    x0 = states(test_examples(data, config, 64).to(diffusion.device), config)
     bits = diffusion.bits_per_dim(net.eval(), x0, 20)["total"].mean().item()
     if not config["chars"]:
         save_grid(out / "samples.png", pictures(draw(net, diffusion, config, 16, 20)[0], config))
@@ -964,24 +982,27 @@ def figures(folder, data):
 def main(argv=None):
     """Train, sample, evaluate or draw, as the command line says; every foreseeable fault ends in one line."""
     args = options(argv)
-    args.model, args.data_dir = getattr(args, "model", "ddpm"), getattr(args, "data_dir", "data")
+    args.data_dir = getattr(args, "data_dir", "data")
+    out = pathlib.Path(args.out) if hasattr(args, "out") else None
+    use = hasattr(args, "sample") or hasattr(args, "eval") or hasattr(args, "resume")
+    if out is None and use:
+        data = pathlib.Path(getattr(args, "data", "fashion-mnist"))
+        out = pathlib.Path(f"runs/{getattr(args, 'model', 'ddpm')}-{data.stem if data.suffix == '.txt' else data.name}")
     try:
         device = find_device(getattr(args, "device", None))
         if hasattr(args, "figures"):
             return figures(pathlib.Path("assets"), load_data(getattr(args, "data", None), args.data_dir))
-        name = pathlib.Path(getattr(args, "data", "fashion-mnist")).stem
-        out = pathlib.Path(getattr(args, "out", f"runs/{args.model}-{name}"))
         if not (hasattr(args, "sample") or hasattr(args, "eval")):
             return train(args, out, device)
-        net, diffusion, config, _ = restore(out, device, args)
+        net, diffusion, config = restore(out, device, args)
         if hasattr(args, "sample"):
             sample(net, diffusion, config, out, args.sample, args)
         if hasattr(args, "eval"):
             data = load_data(getattr(args, "data", config["data"]), args.data_dir, config.get("size", 32))
             evaluate(net, diffusion, config, out, args.eval, args, data)
-        print(f"written to {out}: " + ", ".join(sorted(f.name for f in out.iterdir())))
+        print_written(out)
     except OSError as error:
-        fail(f"{error.filename or error}: {error.strerror or error}")
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,312 @@
+"""The slow tests of train.py: real runs, real faults, and every command of the README.
+
+    pytest .ci/test_train.py
+"""
+import os
+import pathlib
+import random
+import re
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = "--width 8 --batch-size 4 --timesteps 8 --steps 10 --save-every 1".split()
+TEXT = "".join(random.Random(0).choice("abcde \n") for _ in range(3000))
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A folder with a small data set in torchvision's layout, a text, and images of several sizes and modes."""
+    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 80), ("t10k", 20)):
+        pixels, labels = rng.integers(0, 256, (n, 28, 28), np.uint8), rng.integers(0, 10, n).astype(np.uint8)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + pixels.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + labels.tobytes())
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "images").mkdir()
+    for i, mode in enumerate(["RGB", "L", "P", "RGBA", "LA", "CMYK"] * 4):
+        name = f"{i}.{'jpg' if mode == 'CMYK' else 'png'}"
+        Image.fromarray(rng.integers(0, 256, (30 + i, 50, 3), np.uint8)).convert(mode).save(tmp_path / "images" / name)
+    return tmp_path
+
+
+def command(home, *args, launcher=(sys.executable,), **options):
+    """train.py in the folder `home` as a process."""
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1") | options.pop("env", {})
+    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *map(str, args)], cwd=home, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def run(home, *args, **options):
+    """A command that succeeds -> what it printed."""
+    process = command(home, *args, **options)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, f"train.py {args} ended with {process.returncode}:\n{out}\n{err}"
+    return out
+
+
+def refused(home, *args, **options):
+    """A command that fails with one clear line and no traceback -> that line."""
+    process = command(home, *args, **options)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode != 0, f"train.py {args} should have been refused:\n{out}"
+    assert "Traceback" not in err, err
+    lines = [line for line in err.splitlines() if re.match(r"(train|README)\.py:", line) or ": error:" in line]
+    assert len(lines) == 1, f"one line expected, got:\n{err}"
+    return lines[0]
+
+
+def weights(out, name="checkpoint.pt"):
+    """Everything in a checkpoint that must be equal, as one dict of tensors."""
+    state = torch.load(out / name, weights_only=True)
+    flat = {f"{part}.{k}": v for part in ("model", "ema") for k, v in state[part].items()}
+    for i, moments in state["optimizer"]["state"].items():
+        flat |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+    return flat | {"step": torch.tensor(state["step"])}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    different = [k for k in a if not torch.equal(a[k], b[k])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ, such as {different[:3]}"
+
+
+MODELS = {"ddpm": ["--data", "fashion-mnist"], "d3pm-image": ["--model", "d3pm", "--data", "fashion-mnist", "--levels", 8],
+          "d3pm-text": ["--model", "d3pm", "--data", "text.txt", "--length", 16]}
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "d3pm-text"])
+def test_killed_five_times_and_resumed_is_the_unbroken_run(home, kind):
+    """kill -9 at five random moments, then --resume: the same weights, EMA and optimiser, bit for bit."""
+    args, moments = [*MODELS[kind], *TINY, "--steps", 40], random.Random(1)
+    run(home, *args, "--out", "whole")
+    for attempt in range(5):
+        resume = ["--resume"] if (home / "broken" / "checkpoint.pt").exists() else []
+        process, before = command(home, *args, "--out", "broken", *resume), time.monotonic()
+        written = home / "broken" / "log.csv"
+        seen = written.stat().st_mtime_ns if written.exists() else 0
+        while process.poll() is None and time.monotonic() - before < 60:
+            if written.exists() and written.stat().st_mtime_ns != seen:
+                break
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.15)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    if torch.load(home / "broken" / "checkpoint.pt", weights_only=True)["step"] < 40:
+        run(home, *args, "--out", "broken", "--resume")
+    assert_equal(weights(home / "whole"), weights(home / "broken"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_where_and_goes_on(home, number):
+    """Ctrl-C and SIGTERM write a checkpoint at the step they stop at."""
+    args = [*MODELS["ddpm"], *TINY, "--steps", 30, "--save-every", 30]
+    run(home, *args, "--out", "whole")
+    process = command(home, *args, "--out", "stopped")
+    while not (home / "stopped" / "log.csv").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)
+    assert re.search(r"stopped at step \d+; go on with --resume", err) and "Traceback" not in err, err
+    run(home, "--data", "fashion-mnist", "--out", "stopped", "--resume")
+    assert_equal(weights(home / "whole"), weights(home / "stopped"))
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "d3pm-image"])
+def test_two_processes_are_one(home, kind):
+    """Under torchrun the gradient is that of the whole batch: the same weights within float error."""
+    args = [*MODELS[kind], *TINY, "--steps", 4]
+    run(home, *args, "--out", "one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
+    said = run(home, *args, "--out", "two", launcher=launcher)
+    assert "batch 4" in said and said.count("->") == 1, "only the first process speaks, of the global batch"
+    one, two = (torch.load(home / out / "checkpoint.pt", weights_only=True)["model"] for out in ("one", "two"))
+    assert one.keys() == two.keys()
+    # Adam divides by the root of tiny second moments at first, so that float error of 1e-7 grows to about 1e-5.
+    worst = max((one[k] - two[k]).abs().max().item() for k in one)
+    assert worst < 1e-4, worst
+    run(home, *args[:-2], "--steps", 4, "--out", "more", "--seed", 0)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_run_is_used(home, kind):
+    """Training, --sample, --eval: every file that the README names is written and loads."""
+    text = kind == "d3pm-text"
+    said = run(home, *MODELS[kind], *TINY, "--out", "run")
+    assert re.search(r"million parameters.*-> run", said) and "yardsticks" in said
+    made = run(home, "--out", "run", "--sample", 5, "--sample-steps", 3, "--seed", 7)
+    files = {"samples.txt"} if text else {"samples.npy", "samples.png"}
+    assert files | {"samples.gif", "config.json", "log.csv", "loss.png"} <= {f.name for f in (home / "run").iterdir()}
+    assert "samples.gif" in made
+    if text:
+        first = (home / "run" / "samples.txt").read_text()
+        run(home, "--out", "run", "--sample", 5, "--sample-steps", 3, "--seed", 7)
+        assert first == (home / "run" / "samples.txt").read_text(), "the same seed, the same samples"
+        run(home, "--out", "run", "--sample", 1, "--prompt", "ab__cd")
+        assert re.search(r"--- 1\nab..cd", (home / "run" / "samples.txt").read_text(), re.S)
+    else:
+        images = np.load(home / "run" / "samples.npy")
+        assert images.dtype == np.uint8 and images.shape == (5, 28, 28, 1)
+    said = run(home, "--out", "run", "--eval", 6, "--sample-steps", 4)
+    assert re.search(r"L_T .*\n.*L_t .*\n.*L_0 ", said) and (home / "run" / "terms.png").exists()
+    state = torch.load(home / "run" / "checkpoint.pt", weights_only=True)
+    assert {"model", "ema", "step", "config"} <= state.keys() and not any(k.startswith("module.") for k in state["ema"])
+
+
+def test_a_folder_of_images_trains(home):
+    """Any size and mode, decoded once into one file; the second run finds it."""
+    args = ["--data", "images", "--size", 16, *TINY]
+    assert "decoding" in run(home, *args, "--out", "a")
+    assert "decoding" not in run(home, *args, "--out", "b")
+    assert_equal(weights(home / "a"), weights(home / "b"))
+
+
+def test_no_network_falls_back_to_glyphs(home):
+    """A network that swallows everything costs at most 15 seconds; a data set asked for by name is an error."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        env, begin = dict(http_proxy=proxy, https_proxy=proxy), time.monotonic()
+        process = command(home, *TINY, "--data-dir", "empty", "--out", "run", env=env)
+        for line in process.stdout:
+            if "glyphs" in line:
+                break
+        waited = time.monotonic() - begin
+        process.kill()
+        process.communicate()
+        assert "glyphs" in line and waited < 25, f"{waited:.0f} seconds, some of them for Python's imports"
+        assert "Put torchvision's files under" in refused(home, *TINY, "--data", "mnist", "--data-dir", "empty", env=env)
+
+
+def test_faults_end_in_one_line_and_lose_nothing(home):
+    """A loss that is not finite, a full disk, a folder that can't be written, damaged files."""
+    args = [*MODELS["ddpm"], *TINY, "--out", "run"]
+    line = refused(home, *args, "--lr", "1e30")
+    assert re.search(r"not finite at step \d+", line), line
+    shutil_run = home / "run"
+    if (shutil_run / "checkpoint.pt").exists():
+        assert all(v.isfinite().all() for v in weights(shutil_run).values())
+    run(home, *MODELS["ddpm"], *TINY, "--out", "good")
+    before = weights(home / "good")
+    assert "already holds a run" in refused(home, *MODELS["ddpm"], *TINY, "--out", "good")
+    assert "lr" in refused(home, "--out", "good", "--resume", "--lr", "0.5")
+    assert "has done its 10 steps" in refused(home, "--out", "good", "--resume")
+    assert_equal(before, weights(home / "good"))
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    assert "checkpoint" in refused(home, *MODELS["ddpm"], *TINY, "--width", 16, "--out", "full", preexec_fn=small_files)
+    assert not list((home / "full").glob("*.tmp")) and not (home / "full" / "checkpoint.pt").exists()
+    (home / "file").write_text("")
+    assert "file" in refused(home, *MODELS["ddpm"], *TINY, "--out", "file/run")
+
+    checkpoint = home / "good" / "checkpoint.pt"
+    content = checkpoint.read_bytes()
+    for damaged in (content[:len(content) // 2], b"", b"not a checkpoint"):
+        checkpoint.write_bytes(damaged)
+        assert "damaged" in refused(home, "--out", "good", "--sample", 1)
+    torch.save({"weights": torch.zeros(3)}, checkpoint)
+    assert "not a checkpoint" in refused(home, "--out", "good", "--resume")
+    weights(home / "good", "checkpoint.previous.pt")
+
+    images = home / "data" / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:5000])
+    assert "can't be had" in refused(home, *MODELS["ddpm"], *TINY, "--out", "cut")
+
+
+WRONG = {
+    "--steps 0": "above 0", "--lr -1": "above 0", "--wrong 1": "unrecognized", "--model vae": "invalid choice",
+    "--data nothing": "neither a known data set", "--data empty": "0 images", "--data binary.bin": "text",
+    "--data blank.txt": "too short", "--data text.txt": "needs --model d3pm", "--device tpu": "can't be used",
+    "--variance 2 --data glyphs": "variance", "--variance big --data glyphs": "variance",
+    "--levels 4 --data glyphs": "no meaning", "--width 7 --data glyphs": "divide",
+    "--data images --size 17": "divisible", "--model d3pm --data text.txt --length 5000": "too short",
+    "--model d3pm --transition gaussian --reverse conditional --data glyphs --levels 8": "joint",
+    "--sample 3 --out nowhere": "no checkpoint", "--eval --out nowhere": "no checkpoint",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_input_gets_one_clear_line(home, wrong):
+    """Said before any training, with what to do."""
+    (home / "empty").mkdir()
+    (home / "blank.txt").write_text("")
+    (home / "binary.bin").write_bytes(bytes(range(256)) * 10)
+    line = refused(home, *wrong.split(), *(["--timesteps", 8] if "--out" not in wrong else []))
+    assert WRONG[wrong] in line, line
+    assert not (home / "runs").exists(), "nothing is written for a command that can't be carried out"
+
+
+def test_unknown_characters_in_a_prompt(home):
+    run(home, *MODELS["d3pm-text"], *TINY, "--out", "run")
+    assert "does not know" in refused(home, "--out", "run", "--sample", 1, "--prompt", "abXY")
+
+
+def test_help_fits_a_screen(home):
+    lines = run(home, "--help").splitlines()
+    assert len(lines) <= 45 and max(map(len, lines)) <= 80
+
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_every_command_of_the_readme_runs(home):
+    """Each `python train.py` line as it stands, in order, with tiny values after it."""
+    lines = [line.split("#")[0].strip() for block in readme_blocks("bash") for line in block.splitlines()]
+    commands = [line.split("train.py", 1)[1].split() for line in lines if re.match(r"(python|torchrun.*) train\.py", line)]
+    assert len(commands) > 5
+    for words in commands:
+        use = {"--sample", "--eval", "--figures", "--help", "--resume"} & set(words)
+        if "--resume" in use:
+            continue
+        words = [{"path/to/images": "images", "my/photos": "images"}.get(word, word) for word in words]
+        if any("/" in word and word.startswith("path") for word in words):
+            words = ["images" if word.startswith("path") else word for word in words]
+        tiny = [] if use else TINY
+        if "--sample" in use or "--eval" in use:
+            tiny = ["--sample-steps", 2]
+            words = [str(min(int(word), 4)) if word.isdigit() else word for word in words]
+            words = words + ["4"] if words[-1] == "--eval" else words
+        out = words[words.index("--out") + 1] if "--out" in words else None
+        if not use and out is None:
+            model, name = (words[words.index(k) + 1] if k in words else d for k, d in (("--model", "ddpm"), ("--data", "fashion-mnist")))
+            out = f"runs/{model}-{pathlib.Path(name).stem}"
+        if not use and (home / out).exists():
+            continue
+        run(home, *words, *tiny)
+
+
+def test_every_snippet_of_the_readme_runs(home):
+    """The python blocks, one after the other in one process, beside the run that they load."""
+    run(home, *MODELS["ddpm"], *TINY, "--out", "runs/ddpm-fashion-mnist")
+    for block in readme_blocks("python"):
+        done = subprocess.run([sys.executable, "-c", block], cwd=home, capture_output=True, text=True, timeout=300,
+                              env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"))
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+def test_every_link_of_the_readme_resolves():
+    """Files exist; a line link points at the definition that it names; no picture is over 1 MB."""
+    readme = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(((?!http)[^)#]*)", readme) + re.findall(r'src="((?!http)[^"]+)"', readme):
+        assert not target or (ROOT / target).exists(), target
+    for file in (ROOT / "assets").iterdir():
+        assert file.stat().st_size < 1 << 20 and f"assets/{file.name}" in readme, file
