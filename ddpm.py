@@ -557,53 +557,47 @@ class UNet(nn.Module):
 # ---------------------------------------------------------------- a toy in two dimensions
 
 def main():
-    """Eight points on a ring, learnt in seconds: draws the samples as they come out of the noise."""
+    """Five points on a ring, learnt in seconds: draws the samples as they come out of the noise."""
     torch.manual_seed(0)
-    T, radius = 100, 0.7
-    angle = torch.arange(8) * math.pi / 4
-    ring = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
-
-    class Toy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.Sequential(nn.Linear(2 + 32, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(),
-                                        nn.Linear(128, 128), nn.SiLU(), zero(nn.Linear(128, 4)))
-
-        def forward(self, xt, t):
-            return self.layers(torch.cat([xt, timestep_embedding(t, 32)], dim=1))
+    T, n, sigma, steps, batch = 50, 2000, 0.05, 1500, 256
+    angle = torch.arange(5) * 2 * math.pi / 5
+    ring = 0.7 * torch.stack([angle.cos(), angle.sin()], dim=1)
 
     def data(n):
-        return ring[torch.randint(8, (n,))] + 0.03 * torch.randn(n, 2)
+        return ring[torch.randint(5, (n,))] + sigma * torch.randn(n, 2)
 
-    model, diffusion, steps = Toy(), GaussianDiffusion(cosine_beta_schedule(T)), 3000
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    layers = nn.Sequential(nn.Linear(2 + 32, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), zero(nn.Linear(128, 4)))
+
+    def model(xt, t):
+        return layers(torch.cat([4 * xt, timestep_embedding(20 * t, 32)], dim=1))
+
+    diffusion = GaussianDiffusion(cosine_beta_schedule(T))
+    optimizer = torch.optim.Adam(layers.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
-        loss = diffusion.loss_hybrid(model, data(256)).mean()
+        loss = diffusion.loss_hybrid(model, data(batch)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 1000 == 0:
+        if step % 500 == 0:
             print(f"step {step}  loss {loss.item():.3f}")
 
-    bits = diffusion.bits_per_dim(model, data(2000))
-    print(f"\\nbound {bits['total'].mean():.2f} bits/dim: L_T {bits['prior'].mean():.3f} + L_t "
-          f"{bits['terms'][:, 1:].sum(1).mean():.2f} + L_0 {bits['terms'][:, 0].mean():.2f} "
-          f"(uniform over 256 levels: 8)\\n")
-    frames = {s: xs for s, xs, _ in diffusion.sample_progressive(model, (2000, 2))}
-    shown = [T - 1, 50, 25, 10, 0]
-    print("".join(f"x_{s:<19}" for s in shown))
-    for row in range(9):
-        line = ""
-        for s in shown:
-            cell = ((frames[s] + 1) / 2 * torch.tensor([18.0, 9.0])).floor().long()
-            counts = [((cell[:, 0] == col) & (cell[:, 1] == row)).sum().item() for col in range(18)]
-            line += "".join(" .:+#"[min(4, (count + 7) // 8)] for count in counts) + "   "
-        print(line)
-    distance, nearest = torch.cdist(frames[0], ring).min(dim=1)
-    print(f"\\nsamples within 3 sigma of a point: {(distance < 0.09).float().mean():.0%} (true: 99%)")
-    print("share of each point:", (torch.bincount(nearest, minlength=8) / 2000).tolist(), "(true: 0.125)")
+    bits = {name: value.mean(0) for name, value in diffusion.bits_per_dim(model, data(n)).items()}
+    print(f"\nbound {bits['total']:.2f} bits/dim (L_T {bits['prior']:.3f} + L_t {bits['terms'][1:].sum():.2f} + "
+          f"L_0 {bits['terms'][0]:.2f}); all 256 levels alike would cost 8\n")
+    shown = {T - 1: None, 25: None, 10: None, 0: None}
+    shown |= {s: xs for s, xs, _ in diffusion.sample_progressive(model, (n, 2)) if s in shown}
+    print("".join(f"x_{s:<21}" for s in shown))
+    for row in range(10):
+        for xs in shown.values():
+            x, y = ((xs + 1) * torch.tensor([10.0, 5.0])).floor().T
+            counts = [((x == column) & (y == row)).sum().item() for column in range(20)]
+            print("".join(" .:+#"[min(4, (count + 9) // 10)] for count in counts), end="   ")
+        print()
+    distance, nearest = torch.cdist(shown[0], ring).min(dim=1)
+    print(f"\nsamples within 3 sigma of a point: {(distance < 3 * sigma).float().mean():.0%} (true: 99%); shares of the points: "
+          f"{' '.join(f'{share:.2f}' for share in torch.bincount(nearest, minlength=5) / n)} (true: 0.20)")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ SIZES = {
 def options(argv=None):
     """The command line as a namespace that lacks what was not given, so that a checkpoint can fill it in."""
     p = argparse.ArgumentParser(
-        usage="python train.py [options]", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        prog="train.py", usage="python train.py [options]", argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=80),
         description="Train a diffusion model; or use one, with --sample or --eval.")
     count = positive(int)
@@ -434,9 +434,9 @@ def write_whole(path, content, keep=None):
             shutil.copyfile(path, keep.with_suffix(".tmp"))
             os.replace(keep.with_suffix(".tmp"), keep)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def load(out):
