@@ -63,7 +63,7 @@ SIZES = {
     ("ddpm", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), batch_size=256, lr=5e-4, steps=50000),
     ("d3pm image", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=32, lr=3e-3, steps=5000),
     ("d3pm image", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), batch_size=256, lr=5e-4, steps=50000),
-    ("d3pm text", "cpu"): dict(width=192, depth=4, batch_size=32, lr=2e-3, steps=4000),
+    ("d3pm text", "cpu"): dict(width=128, depth=4, batch_size=8, lr=3e-3, steps=9000),
     ("d3pm text", "gpu"): dict(width=512, depth=8, heads=8, batch_size=256, lr=1e-3, steps=20000, dropout=0.1),
 }
 
@@ -285,7 +285,7 @@ def folder_images(folder, data_dir, size, rank):
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
             out[i] = np.array(image).reshape(size, size, -1).transpose(2, 0, 1)
-            show(f"decoding {i + 1} of {len(files)} images", last=i + 1 == len(files), every=len(files) // 10)
+            show(f"decoding {i + 1} of {len(files)} images", last=i + 1 == len(files), live_only=(i + 1) % 10000 > 0)
         out.flush()
         os.replace(partial, cache)
     barrier()
@@ -376,12 +376,11 @@ def pictures(x, config):
 
 # ---------------------------------------------------------------- the screen and the other processes
 
-def show(line, last=False, every=1, _count=[0]):
-    """A live line on a terminal; elsewhere a plain line, once in `every` calls and at the last."""
-    _count[0] = 0 if last else _count[0] + 1
+def show(line, last=False, live_only=False):
+    """A live line on a terminal, which the last one leaves standing; elsewhere a plain line, unless live_only."""
     if sys.stdout.isatty():
         print(f"\r{line:<100}", end="\n" if last else "", flush=True)
-    elif last or _count[0] % max(every, 1) == 0:
+    elif last or not live_only:
         print(line, flush=True)
 
 
@@ -402,6 +401,8 @@ def find_device(name=None):
 def join_processes(device):
     """(rank, world) of this process under torchrun, (0, 1) without it."""
     if "RANK" in os.environ:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -692,10 +693,10 @@ def write_log(out, rows):
 
 @torch.no_grad()
 def held_out(net, diffusion, data, config, out):
-    """Bits/dim of 64 test examples in 20 steps, and a grid of samples so far. The next step sets its own seed."""
+    """Bits/dim of 32 test examples in 100 steps, and a grid of samples so far. The next step sets its own seed."""
     torch.manual_seed(0)
-    x0 = states(test_examples(data, config, 64).to(diffusion.device), config)
-    bits = diffusion.bits_per_dim(net.eval(), x0, 20)["total"].mean().item()
+    x0 = states(test_examples(data, config, 32).to(diffusion.device), config)
+    bits = diffusion.bits_per_dim(net.eval(), x0, 100)["total"].mean().item()
     if not config["chars"]:
         save_grid(out / "samples.png", pictures(draw(net, diffusion, config, 16, 20)[0], config))
     return bits
@@ -711,7 +712,7 @@ def test_examples(data, config, n):
 
 # ---------------------------------------------------------------- sampling
 
-def draw(net, diffusion, config, n, steps, eta=None, known=None, frames=30):
+def draw(net, diffusion, config, n, steps, eta=None, known=None, frames=20):
     """n samples on the CPU, and about `frames` pairs (s, xs) on the way to them."""
     extra = dict(eta=eta) if config["model"] == "ddpm" else dict(known=known)
 
@@ -737,7 +738,7 @@ def sample(net, diffusion, config, out, n, args):
         parts.append(x0)
         if first == 0:
             film = frames
-        show(f"sampled {min(first + chunk, n)} of {n}", last=first + chunk >= n, every=5)
+        show(f"sampled {min(first + chunk, n)} of {n}", last=first + chunk >= n, live_only=True)
     x0 = torch.cat(parts)
     if config["chars"]:
         (out / "samples.txt").write_text("\n\n".join(f"--- {i + 1}\n{text}" for i, text in enumerate(decode(x0, config))) + "\n")
@@ -748,7 +749,7 @@ def sample(net, diffusion, config, out, n, args):
     images = pictures(x0, config)
     np.save(out / "samples.npy", images.permute(0, 2, 3, 1).numpy())
     save_grid(out / "samples.png", images[:64])
-    save_gif(out / "samples.gif", [grid_picture(pictures(xs[:64], config)) for _, xs in film])
+    save_gif(out / "samples.gif", [grid_picture(pictures(xs[:36], config)) for _, xs in film])
 
 
 def decode(x, config):
@@ -769,21 +770,22 @@ def encode_prompt(prompt, config):
 
 
 def grid_picture(images):
-    """uint8 (N, C, H, W) as one square-ish picture, twice as large as life where that is small."""
+    """uint8 (N, C, H, W) as one square-ish picture."""
     grid = torchvision.utils.make_grid(images, nrow=math.ceil(len(images) ** 0.5), padding=2, pad_value=255)
-    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST) if picture.width < 400 else picture
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
 def save_grid(path, images):
-    """grid_picture as a PNG."""
-    grid_picture(images).save(path)
+    """grid_picture as a PNG, twice as large as life where that is small."""
+    picture = grid_picture(images)
+    scale = 2 if picture.width < 400 else 1
+    picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST).save(path)
 
 
 def save_gif(path, frames):
     """Pictures as a GIF that rests on the last."""
-    frames = [frame.convert("P", palette=Image.Palette.ADAPTIVE, colors=32) for frame in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[80] * (len(frames) - 1) + [3000], loop=0)
+    frames = [frame.quantize(16) for frame in frames]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[100] * (len(frames) - 1) + [3000], loop=0)
 
 
 def text_picture(texts, columns=64):
@@ -807,7 +809,7 @@ def evaluate(net, diffusion, config, out, n, args, data):
     examples, parts = test_examples(data, config, n), []
     for chunk in examples.split(64 if device.type == "cpu" else 256):
         parts.append(diffusion.bits_per_dim(net, states(chunk.to(device), config), steps))
-        show(f"bounds of {min(64 * len(parts), len(examples))} of {len(examples)}", every=4)
+        show(f"bounds of {sum(len(part['total']) for part in parts)} of {len(examples)} examples", live_only=True)
     result = {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}
     grid, unit = diffusion.timesteps(steps), "bits/char" if config["chars"] else "bits/dim"
     terms, total = result["terms"].mean(0), result["total"]
@@ -878,7 +880,7 @@ def loss_figure(out):
     def bound(axis):
         seen = [(int(row["step"]), float(row["test_bits"])) for row in rows if row["test_bits"]]
         axis.plot(*zip(*seen), "o-") if seen else None
-        axis.set(xlabel="step", title="bits/dim of 64 test examples, EMA weights")
+        axis.set(xlabel="step", title="bits/dim of 32 test examples, EMA weights")
 
     plot(out / "loss.png", loss, bound)
 
