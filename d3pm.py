@@ -2,8 +2,8 @@
 
     q(x_t | x_s) = Cat(x_s Q_{s->t})            rows of Q_{s->t} = Q_{s+1} ... Q_t sum to 1       data -> noise
     p(x_s | x_t)   from the network's guess p(x_0 | x_t)                                        noise -> data
-    -log p(x_0) <= KL(q(x_T|x_0) || p(x_T)) + sum_t KL(q(x_s|x_t,x_0) || p(x_s|x_t)) - log p(x_0|x_1)
-                   ------- L_T ----------   ---------------- L_t -----------------   ---- L_0 -----
+    -log p(x_0) <= KL(q(x_T|x_0) || p(x_T)) + sum_{t>1} KL(q(x_s|x_t,x_0) || p(x_s|x_t)) - log p(x_0|x_1)
+                   ------- L_T ----------   ------------------ L_t -------------------   ---- L_0 -----
 
 The bound is that of ddpm.py; only the noise differs: pixels or characters are redrawn, or masked.
 
@@ -38,12 +38,12 @@ def cosine_betas(T):
 
 
 def linear_betas(T, start=0.02, stop=1.0):
-    """beta_t from start to stop in equal steps, [A] section 4 -> (T,) float64; for discretised Gaussian noise."""
+    """beta_t from start to stop in equal steps, [A] section 3.2 -> (T,) float64; for discretised Gaussian noise."""
     return torch.linspace(start, stop, T, dtype=torch.float64)
 
 
 def mutual_information_betas(T):
-    """beta_t = 1 / (T - t + 1), [A] section 3.3 -> (T,) float64; for masks: a share t / T is masked at t."""
+    """beta_t = 1 / (T - t + 1), [A] section 3.2 -> (T,) float64; for masks: a share t / T is masked at t."""
     return 1 / torch.arange(T, 0, -1, dtype=torch.float64)
 
 
@@ -107,7 +107,7 @@ class MixingTransition(Transition):
         s = t - 1 if s is None else s
         s, t = (time.to(self.log_alpha_bar.device) if isinstance(time, torch.Tensor) else time for time in (s, t))
         log_a = self.log_alpha_bar[t] - self.log_alpha_bar[s]
-        log_a = log_a.masked_fill(log_a.isnan(), -math.inf) 
+        log_a = log_a.masked_fill(log_a.isnan(), -math.inf)
         log_a = torch.where(torch.as_tensor(s == t, device=log_a.device), 0.0, log_a)
         log_a = log_a.reshape(log_a.shape + (1,) * ndim) if log_a.ndim else log_a
         return log_a.exp(), -torch.expm1(log_a)
@@ -118,7 +118,7 @@ class MixingTransition(Transition):
         return a * torch.eye(self.K, dtype=a.dtype, device=a.device) + b * self.stationary
 
     def _entries(self, x, s, t):
-        """(1 - a) pi (..., K), (1 - a) pi[x] (...), and a more than that, which stands where the state is x."""
+        """What row x and column x have everywhere, (1 - a) pi and (1 - a) pi[x], and at x: a + (1 - a) pi[x]."""
         a, b = self.mix(s, t, x.ndim - 1)
         redrawn = b * self.stationary[x.to(self.stationary.device)]
         return b[..., None] * self.stationary, redrawn[..., None], a + redrawn
@@ -140,9 +140,7 @@ class MixingTransition(Transition):
         """The log of rows, for int x (...) or log-probabilities x (..., K); small ones do not underflow."""
         if x.is_floating_point():
             a, b = self.mix(s, t, x.ndim - 1)
-            stay, redrawn = _to(a.log(), x) + x, _to((b * self.stationary).log(), x)
-            # Where nothing is redrawn, logaddexp could meet two -inf, which has no gradient.
-            return torch.where(redrawn == -math.inf, stay, torch.logaddexp(stay, redrawn.clamp(min=-1e30)))
+            return _logaddexp(_to(a.log(), x) + x, _to((b * self.stationary).log(), x))
         row, _, peak = self._entries(x, s, t)
         return _spread(row.log(), x, peak.log(), self.K)
 
@@ -193,9 +191,9 @@ class DenseTransition(Transition):
         return self._products[s, t, self.device]
 
     def _gather(self, x, s, t):
-        """Q_{s->t} in x's dtype, (K, K) or (B, K, K). s None is t - 1; other tensors of times are read back."""
+        """Q_{s->t} in x's dtype, (1, K, K) or (B, K, K). s None is t - 1; other tensors of times are read back."""
         if isinstance(t, int) and (s is None or isinstance(s, int)):
-            Q = self.matrix(t - 1 if s is None else s, t)
+            Q = self.matrix(t - 1 if s is None else s, t)[None]
         elif s is None or isinstance(s, int) and s == 0:
             _check_times(self.T, s, t)
             Q = (self.Q if s is None else self.Q_bar)[t.to(self.Q.device)]
@@ -207,14 +205,11 @@ class DenseTransition(Transition):
     def rows(self, x, s, t):
         """q(x_t | x_s = x) for int x (...); x Q_{s->t} for probabilities x (..., K) -> (..., K)."""
         Q = self._gather(x, s, t)
-        if x.is_floating_point():
-            return (x.reshape(len(Q), -1, self.K) @ Q).reshape(x.shape) if Q.ndim == 3 else x @ Q
-        return Q[torch.arange(len(Q), device=x.device).reshape(-1, *[1] * (x.ndim - 1)), x] if Q.ndim == 3 else Q[x]
+        return (x.reshape(len(Q), -1, self.K) @ Q).reshape(x.shape) if x.is_floating_point() else _pick(Q, x)
 
     def columns(self, x, s, t):
         """q(x_t = x | x_s = k) for every k: the likelihood of each state, x int (...) -> (..., K)."""
-        Q = self._gather(x, s, t).mT
-        return Q[torch.arange(len(Q), device=x.device).reshape(-1, *[1] * (x.ndim - 1)), x] if Q.ndim == 3 else Q[x]
+        return _pick(self._gather(x, s, t).mT, x)
 
     def log_rows(self, x, s, t):
         """The log of rows, for int x (...) or log-probabilities x (..., K).
@@ -225,10 +220,9 @@ class DenseTransition(Transition):
             return self.rows(x, s, t).log()
         Q = self._gather(x, s, t)
         stay = Q.diagonal(dim1=-2, dim2=-1)
-        moved = x.exp().reshape(len(Q) if Q.ndim == 3 else 1, -1, self.K) @ (Q - torch.diag_embed(stay))
-        moved = moved.reshape(x.shape)
+        moved = (x.exp().reshape(len(Q), -1, self.K) @ (Q - torch.diag_embed(stay))).reshape(x.shape)
         log_moved = torch.where(moved > 0, torch.where(moved > 0, moved, 1.0).log(), -math.inf)
-        return torch.logaddexp(x + stay.log().reshape(-1, *[1] * (x.ndim - 2), self.K), log_moved)
+        return _logaddexp(log_moved, x + stay.log().reshape(-1, *[1] * (x.ndim - 2), self.K))
 
     def log_columns(self, x, s, t):
         """The log of columns."""
@@ -311,11 +305,21 @@ def _to(coefficient, x):
     return coefficient.to(x.dtype).to(x.device)
 
 
+def _pick(Q, x):
+    """Row x of Q (B, K, K) or (1, K, K), for int x (B, ...) -> (B, ..., K)."""
+    return Q[torch.arange(len(Q), device=x.device).reshape(-1, *[1] * (x.ndim - 1)), x].reshape(*x.shape, -1)
+
+
 def _spread(shared, x, peak, K):
     """(..., K) in the default dtype: `shared` everywhere, but `peak` at state x."""
     like = torch.empty(0, device=x.device)
     shared, peak = _to(shared, like), _to(peak, like)
     return shared.expand(*x.shape, K).scatter(-1, x[..., None], peak[..., None].expand(*x.shape, 1))
+
+
+def _logaddexp(a, b):
+    """log(exp(a) + exp(b)), and a itself where b is -inf: logaddexp of two -inf has no gradient."""
+    return torch.where(b == -math.inf, a, torch.logaddexp(a, b.clamp(min=-1e30)))
 
 
 def categorical(log_p):
@@ -339,11 +343,12 @@ def truncated_logistic(mean, log_scale, K):
 class D3PM(nn.Module):
     """The chain and its laws over a transition family. It holds no network.
 
-    reverse "joint" is the paper's: p(x_s|x_t) ~ sum over x_0 of q(x_s, x_t | x_0) p(x_0|x_t). It counts what
-    x_t says of x_0 twice, so it is exact for p(x_0|x_t) / q(x_t|x_0), a guess from the other places, while
-    cross-entropy trains p(x_0|x_t) itself. "conditional" sums q(x_s | x_t, x_0) p(x_0|x_t): one division by
-    q(x_t|x_0), and both want the same network. For masks the two are one. "conditional" needs a mixing family:
-    ValueError for dense ones, where q(x_t|x_0) underflows.
+    reverse   how p(x_s|x_t) comes from the network's p(x_0|x_t):
+      "joint"        proportional to the sum over x_0 of q(x_s, x_t|x_0) p(x_0|x_t), [A] eq. 4. x_t enters twice, so
+                     it is exact for p(x_0|x_t) / q(x_t|x_0), what the other places say of x_0
+      "conditional"  the sum over x_0 of q(x_s|x_t,x_0) p(x_0|x_t): exact when p(x_0|x_t) is, so that the bound and
+                     the cross-entropy want the same network
+    For masks the two are one. Dense families allow only "joint", as q(x_t|x_0) underflows there: ValueError.
 
     ValueError too for a time outside 1..T or a state outside 0..K-1 (for data: the mask), unless it is in a
     tensor on an accelerator: reading it would stall the device.
@@ -426,17 +431,14 @@ class D3PM(nn.Module):
 
     def _reverse(self, log_p0, xt, t, s):
         """Log-probabilities of p(x_s | x_t) from those of p(x_0 | x_t)."""
+        guess, settled = log_p0, self._times(xt, t, s)[1].reshape(-1, *[1] * (xt.ndim - 1)) == 0
         if self.reverse == "conditional":
             likelihood = self.transition.log_columns(xt, 0, t)
-            log_p0 = (log_p0 - likelihood.masked_fill(likelihood == -math.inf, 0.0)).log_softmax(-1)
-        log_p = self.q_posterior(log_p0, xt, t, s)
+            guess = (log_p0 - likelihood.masked_fill(likelihood == -math.inf, 0.0)).log_softmax(-1)
         if self.transition.mask is not None:
             # A place without a mask stays as it is, even a known one, at times when q would have masked it.
-            return torch.where((xt == self.transition.mask)[..., None], log_p, log_p0)
-        if self.reverse == "conditional":
-            return log_p
-        first = self._times(xt, t, s)[1] == 0
-        return torch.where(first.reshape(-1, *[1] * xt.ndim), log_p0, log_p)
+            settled = settled | (xt != self.transition.mask)
+        return torch.where(settled[..., None], log_p0, self.q_posterior(guess, xt, t, s))
 
     def p_reverse(self, model, xt, t, s=None):
         """Log-probabilities of p(x_s | x_t), [A] eq. 4, (B, ..., K); at s = 0 p(x_0 | x_t) itself."""
@@ -488,7 +490,10 @@ class D3PM(nn.Module):
         return self.T * self.vlb_term(model, x0, xt, t)
 
     def loss_hybrid(self, model, x0, t=None, xt=None, ce_weight=1e-3):
-        """L_t + ce_weight times the cross-entropy of x_0, [A] eq. 5, bits per dimension (B,)."""
+        """L_t + ce_weight times the cross-entropy of x_0, bits per dimension (B,): [A]'s code.
+
+        In its eq. 5 L_vb is the whole sum, T times the mean of this L_t.
+        """
         t, xt = self._noised(x0, t, xt)
         log_p0 = self._predict(model, xt, t)
         return self._vlb_term(log_p0, x0, xt, t) + ce_weight * self._cross_entropy(log_p0, x0)

@@ -1,9 +1,9 @@
 """Denoising diffusion with Gaussian noise, in one file that needs only torch.
 
     q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)                       data -> noise
-    p(x_s | x_t) = N(mean(x_t, t), sigma^2(x_t, t) I)                                  noise -> data
-    -log p(x_0) <= KL(q(x_T|x_0) || p(x_T)) + sum_t KL(q(x_s|x_t,x_0) || p(x_s|x_t)) - log p(x_0|x_1)
-                   ------- L_T ----------   ---------------- L_t -----------------   ---- L_0 -----
+    p(x_s | x_t) = N(mean(x_t, t), sigma^2(x_t, t) I),  s = t - 1                      noise -> data
+    -log p(x_0) <= KL(q(x_T|x_0) || p(x_T)) + sum_{t>1} KL(q(x_s|x_t,x_0) || p(x_s|x_t)) - log p(x_0|x_1)
+                   ------- L_T ----------   ------------------ L_t -------------------   ---- L_0 -----
 
 A network learns to tell what noise was added; running it backwards from pure noise draws new data.
 
@@ -69,8 +69,8 @@ def discretized_gaussian_log_likelihood(x, mean, log_std, levels=256):
     """log of the mass that N(mean, std^2) puts on the bin of x, [H] eq. 13; nats, elementwise.
 
     The levels are x_k = 2k / (levels - 1) - 1 and bin k is x_k +- 1 / (levels - 1); the outer two
-    reach to -inf and +inf, so the masses sum to 1. Far in a tail and for any width, the result and
-    its gradient are finite.
+    reach to -inf and +inf, so the masses sum to 1. The result and its gradient are finite far in both
+    tails, in float32 for log_std above -44.
     """
     half, inv_std = 1 / (levels - 1), torch.exp(-log_std)
     # A bin right of the mean is mirrored to the left one, where Phi is small and differences keep digits.
@@ -95,8 +95,8 @@ class GaussianDiffusion(nn.Module):
     betas       (T,) in (0, 1): linear_beta_schedule(T), cosine_beta_schedule(T), or your own
     prediction  what the network's output estimates: "eps" [H], "x0", or
                 "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 [V]
-    variance    "learned" (the network returns 2C channels [N]), or a number f in [0, 1] for
-                sigma^2 = beta^f beta_tilde^(1 - f): 0 is the posterior's, 1 is beta
+    variance    sigma^2 = beta^f beta_tilde^(1 - f): a number f in [0, 1] (0: beta_tilde, 1: beta), or
+                "learned": the network returns 2C channels, the second C being [N]'s v = 2f - 1
     levels      number of values a data channel can take, for the decoder L_0
 
     Raises ValueError for betas, prediction or variance other than these, and for a time outside
@@ -171,8 +171,8 @@ class GaussianDiffusion(nn.Module):
     def q_marginal(self, x0, t):
         """Mean and log variance of q(x_t | x_0), [H] eq. 4, each (B, ...)."""
         t, _ = self._times(x0, t, 0, lowest=0)
-        alpha_bar, noise_var = self._step(x0, t)
-        return _to(alpha_bar.sqrt(), x0) * x0, _to(noise_var.log(), x0).expand_as(x0)
+        alpha_bar, var_t = self._step(x0, t)
+        return _to(alpha_bar.sqrt(), x0) * x0, _to(var_t.log(), x0).expand_as(x0)
 
     def q_sample(self, x0, t, noise=None):
         """A draw of q(x_t | x_0): sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, [H] eq. 4, (B, ...)."""
@@ -185,55 +185,56 @@ class GaussianDiffusion(nn.Module):
         point x_0: log variance -inf.
         """
         t, s = self._times(xt, t, s)
-        alpha, beta = self._step(xt, t, s)
-        alpha_bar_s, noise_s = self._step(xt, s)
-        _, noise_t = self._step(xt, t)
-        mean = (_to(alpha_bar_s.sqrt() * beta / noise_t, xt) * x0
-                + _to(alpha.sqrt() * noise_s / noise_t, xt) * xt)
-        return mean, _to((beta * noise_s / noise_t).log(), xt).expand_as(mean)
+        (alpha, beta), (alpha_bar_s, var_s), (_, var_t) = self._step(xt, t, s), self._step(xt, s), self._step(xt, t)
+        mean = _to(alpha_bar_s.sqrt() * beta / var_t, xt) * x0 + _to(alpha.sqrt() * var_s / var_t, xt) * xt
+        return mean, _to(self._beta_tilde(xt, t, s).log(), xt).expand_as(mean)
+
+    def _beta_tilde(self, x, t, s):
+        """beta_tilde = beta (1 - alpha_bar_s) / (1 - alpha_bar_t), the posterior's variance, float64 (B, 1, ...)."""
+        return self._step(x, t, s)[1] * self._step(x, s)[1] / self._step(x, t)[1]
 
     # -------- four coordinates of one estimate: x0, eps, v, score
 
     def _target(self, x, t):
         """(a, b) where the network's target is a x0 + b eps, float64 (B, 1, ...)."""
-        alpha_bar, noise_var = self._step(x, t)
+        alpha_bar, var_t = self._step(x, t)
         zero, one = torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
-        return {"eps": (zero, one), "x0": (one, zero), "v": (-noise_var.sqrt(), alpha_bar.sqrt())}[self.prediction]
+        return {"eps": (zero, one), "x0": (one, zero), "v": (-var_t.sqrt(), alpha_bar.sqrt())}[self.prediction]
 
     def predict_x0(self, xt, t, eps):
         """x0 = (xt - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), [H] eq. 4 solved for x_0, (B, ...)."""
         t, _ = self._times(xt, t)
-        alpha_bar, noise_var = self._step(xt, t)
-        return _to(alpha_bar.rsqrt(), xt) * xt - _to((noise_var / alpha_bar).sqrt(), xt) * eps
+        alpha_bar, var_t = self._step(xt, t)
+        return _to(alpha_bar.rsqrt(), xt) * xt - _to((var_t / alpha_bar).sqrt(), xt) * eps
 
     def predict_eps(self, xt, t, x0):
         """eps = (xt - sqrt(alpha_bar) x0) / sqrt(1 - alpha_bar), [H] eq. 4 solved for eps, (B, ...)."""
         t, _ = self._times(xt, t)
-        alpha_bar, noise_var = self._step(xt, t)
-        return (xt - _to(alpha_bar.sqrt(), xt) * x0) * _to(noise_var.rsqrt(), xt)
+        alpha_bar, var_t = self._step(xt, t)
+        return (xt - _to(alpha_bar.sqrt(), xt) * x0) * _to(var_t.rsqrt(), xt)
 
     def predict_v(self, x0, eps, t):
         """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, [V] section 4, (B, ...)."""
         t, _ = self._times(x0, t)
-        alpha_bar, noise_var = self._step(x0, t)
-        return _to(alpha_bar.sqrt(), x0) * eps - _to(noise_var.sqrt(), x0) * x0
+        alpha_bar, var_t = self._step(x0, t)
+        return _to(alpha_bar.sqrt(), x0) * eps - _to(var_t.sqrt(), x0) * x0
 
     def _network(self, model, xt, t):
         """One call of the network -> its prediction and its variance output (or None), in xt's dtype."""
-        out, C = model(xt, t).to(xt.dtype), xt.shape[1] if xt.ndim > 1 else 1
-        due = (len(xt), 2 * C if self.variance == "learned" else C, *xt.shape[2:])[:xt.ndim]
-        if out.shape != due:
+        out, learned = model(xt, t).to(xt.dtype), self.variance == "learned"
+        due = (len(xt), 2 * xt.shape[1], *xt.shape[2:]) if learned and xt.ndim > 1 else tuple(xt.shape)
+        if out.shape != due or learned and xt.ndim == 1:
             raise ValueError(f"variance={self.variance!r} needs a network that returns {due} "
                              f"for data {tuple(xt.shape)}, got {tuple(out.shape)}")
-        return out.chunk(2, dim=1) if self.variance == "learned" else (out, None)
+        return out.chunk(2, dim=1) if learned else (out, None)
 
     def _estimate(self, out, xt, t):
         """x0_hat and eps_hat from the network's prediction: two linear equations in two unknowns.
 
             xt = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps,    out = a x0 + b eps
         """
-        alpha_bar, noise_var = self._step(xt, t)
-        (a, b), c, d = self._target(xt, t), alpha_bar.sqrt(), noise_var.sqrt()
+        alpha_bar, var_t = self._step(xt, t)
+        (a, b), c, d = self._target(xt, t), alpha_bar.sqrt(), var_t.sqrt()
         det = b * c - a * d
         x0_hat = _to(b / det, xt) * xt - _to(d / det, xt) * out
         eps_hat = _to(c / det, xt) * out - _to(a / det, xt) * xt
@@ -255,16 +256,16 @@ class GaussianDiffusion(nn.Module):
         beta_tilde is right where the data are one point, beta where they are unit Gaussian.
         """
         t, s = self._times(xt, t, s)
-        out, v = self._network(model, xt, t)
+        out, share = self._network(model, xt, t)
         x0_hat, _ = self._estimate(out, xt, t)
         x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
         mean, _ = self.q_posterior(x0_hat, xt, t, s)
-        # beta_tilde is 0 at s = 0: its log is that of the step above, (t, t + 1), and at t = T beta's.
+        # At s = 0 beta_tilde is 0 and has no log: as [N]'s code does at t = 1, take that of the step above,
+        # t -> t + 1. At t = T there is none above, and beta stands for it.
         upper, lower = torch.where(s == 0, (t + 1).clamp(max=self.T), t), torch.where(s == 0, t, s)
-        beta = self._step(xt, t, s)[1]
-        beta_tilde = self._step(xt, upper, lower)[1] * self._step(xt, lower)[1] / self._step(xt, upper)[1]
+        beta, beta_tilde = self._step(xt, t, s)[1], self._beta_tilde(xt, upper, lower)
         log_beta_tilde = torch.where(beta_tilde > 0, beta_tilde, beta).log()
-        f = self.variance if v is None else (v + 1) / 2
+        f = self.variance if share is None else (share + 1) / 2
         log_var = f * _to(beta.log() - log_beta_tilde, xt) + _to(log_beta_tilde, xt)
         return mean, log_var.expand_as(mean), x0_hat
 
@@ -287,6 +288,7 @@ class GaussianDiffusion(nn.Module):
         """The term and the x0_hat that it rests on."""
         t, s = self._times(xt, t, s)
         mean, log_var, x0_hat = self.p_reverse(model, xt, t, s, clip)
+        # At s = 0 the KL is +inf, for its q is a point: where drops it, and its gradient is finite.
         kl = _bits(normal_kl(*self.q_posterior(x0, xt, t, s), mean, log_var))
         nll = -_bits(discretized_gaussian_log_likelihood(x0, mean, log_var / 2, self.levels))
         return torch.where(s == 0, nll, kl), x0_hat
@@ -316,12 +318,12 @@ class GaussianDiffusion(nn.Module):
     def loss_hybrid(self, model, x0, t=None, noise=None):
         """L_simple + 1e-3 T L_t, [N] eq. 16, (B,).
 
-        The bound trains the variance alone: the prediction stands behind a stop-gradient there, since
-        the bound's steep weights would make the gradient of the mean noisy.
+        The bound trains the variance alone (a fixed one not at all): the prediction stands behind a
+        stop-gradient there, since the bound's steep weights would make the gradient of the mean noisy.
         """
         t, noise, xt = self._noised(x0, t, noise)
-        prediction, v = self._network(model, xt, t)
-        frozen = prediction.detach() if v is None else torch.cat([prediction.detach(), v], dim=1)
+        prediction, share = self._network(model, xt, t)
+        frozen = prediction.detach() if share is None else torch.cat([prediction.detach(), share], dim=1)
         vlb = self.vlb_term(lambda xt, t: frozen, x0, xt, t, clip=False)
         return self._square_error(prediction, x0, noise, t) + 1e-3 * self.T * vlb
 
@@ -366,7 +368,7 @@ class GaussianDiffusion(nn.Module):
 
         eta None: ancestral, p(x_s | x_t) with the model's own variance, [H] algorithm 2.
         0 <= eta <= 1: DDIM, [S] eq. 12 with sigma^2 = eta^2 beta_tilde: 0 adds no noise, 1 is
-        ancestral with beta_tilde. No noise is added on reaching s = 0.
+        ancestral with beta_tilde; eps_hat is taken from the clipped x0_hat. No noise is added on reaching s = 0.
         """
         if eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"eta must be None or in [0, 1], got {eta}")
@@ -376,10 +378,9 @@ class GaussianDiffusion(nn.Module):
         if eta is None:
             alive = (s > 0).reshape(-1, *[1] * (xt.ndim - 1))
             return mean + alive * torch.exp(log_var / 2) * noise, x0_hat
-        (alpha_bar_s, noise_s), (_, noise_t), (_, beta) = self._step(xt, s), self._step(xt, t), self._step(xt, t, s)
-        variance = eta ** 2 * beta * noise_s / noise_t
+        (alpha_bar_s, var_s), variance = self._step(xt, s), eta ** 2 * self._beta_tilde(xt, t, s)
         eps_hat = self.predict_eps(xt, t, x0_hat)
-        mean = _to(alpha_bar_s.sqrt(), xt) * x0_hat + _to((noise_s - variance).sqrt(), xt) * eps_hat
+        mean = _to(alpha_bar_s.sqrt(), xt) * x0_hat + _to((var_s - variance).sqrt(), xt) * eps_hat
         return mean + _to(variance.sqrt(), xt) * noise, x0_hat
 
     @torch.no_grad()
@@ -408,18 +409,18 @@ class GaussianDiffusion(nn.Module):
         for s, t in zip(grid, grid[1:]):
             t, s = self._times(xs, t, s)
             _, eps_hat = self._estimate(self._network(model, xs, t)[0], xs, t)
-            (alpha, _), (_, noise_s), (_, noise_t) = self._step(xs, t, s), self._step(xs, s), self._step(xs, t)
-            xs = _to(alpha.sqrt(), xs) * (xs - _to(noise_s.sqrt(), xs) * eps_hat) + _to(noise_t.sqrt(), xs) * eps_hat
+            (alpha, _), (_, var_s), (_, var_t) = self._step(xs, t, s), self._step(xs, s), self._step(xs, t)
+            xs = _to(alpha.sqrt(), xs) * (xs - _to(var_s.sqrt(), xs) * eps_hat) + _to(var_t.sqrt(), xs) * eps_hat
         return xs
 
     @torch.no_grad()
     def langevin(self, model, shape, steps=None, corrector_steps=1, snr=0.16):
-        """Annealed Langevin dynamics with the score, [E] algorithm 1 -> x0 of the given shape.
+        """Annealed Langevin dynamics with the score, [E] algorithm 1 -> x0 of the given shape (B, ...).
 
             x <- x + h score(x, t) + sqrt(2 h) z,    h = 2 snr^2 (1 - alpha_bar_t)
 
-        corrector_steps times at each t, from T down; the step keeps its proportion to the noise's
-        variance. At the end x0_hat, the mean of x_0 given x, takes off the last noise.
+        corrector_steps times at each t, from T down. The step is Song et al. 2021's (2011.13456, algorithm
+        5), with ||z|| / ||score|| at its mean. At the end x0_hat, the mean of x_0 given x, takes off the last noise.
         """
         x, grid = torch.randn(shape, device=self.device), self.timesteps(steps)
         for t in grid[::-1]:
@@ -457,7 +458,7 @@ def zero(module):
 
 
 def norm(channels):
-    """GroupNorm with up to 8 groups: with few channels each, a group's mean and contrast would be lost."""
+    """GroupNorm with up to 8 groups, not [H]'s 32: a group of one or two channels would lose their contrast."""
     return nn.GroupNorm(math.gcd(8, channels), channels)
 
 
@@ -564,7 +565,8 @@ def main():
     ring = 0.7 * torch.stack([angle.cos(), angle.sin()], dim=1)
 
     def data(n):
-        return ring[torch.randint(5, (n,))] + sigma * torch.randn(n, 2)
+        x0 = ring[torch.randint(5, (n,))] + sigma * torch.randn(n, 2)
+        return ((x0 + 1) * 127.5).round() / 127.5 - 1
 
     layers = nn.Sequential(nn.Linear(2 + 32, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), zero(nn.Linear(128, 4)))
 
