@@ -314,26 +314,27 @@ def entropy(counts):
 class StateUNet(nn.Module):
     """ddpm's U-Net for D3PM images: states enter as grey values and a sign for the mask; logits (B, C, H, W, K).
 
-    Up to 32 states have a logit each. More are a truncated logistic's, whose mean and scale the network
-    gives, raised at the state that x_t shows (Austin et al. 2021, appendix A.8 and B.1).
+    Up to 32 states have a logit each; more are a truncated logistic's (Austin et al. 2021, appendix A.8). Under
+    uniform noise these say what the other pixels tell, and Bayes' rule adds what x_t does: log q(x_t | x_0).
     """
 
-    def __init__(self, K, mask, channels, **size):
+    def __init__(self, transition, channels, **size):
         super().__init__()
-        self.K, self.mask, self.levels, self.each = K, mask, K - (mask is not None), K if K <= 32 else 3
+        self.transition, self.K, self.mask = transition, transition.K, transition.mask
+        self.levels, self.each = self.K - (self.mask is not None), self.K if self.K <= 32 else 2
         self.unet = ddpm.UNet(2 * channels, self.each * channels, **size)
 
     def forward(self, xt, t):
         masked = torch.zeros_like(xt, dtype=torch.bool) if self.mask is None else xt == self.mask
         grey = (2 * xt.float() / (self.levels - 1) - 1).masked_fill(masked, 0.0)
         B, C, H, W = xt.shape
-        out = self.unet(torch.cat([grey, masked.float()], dim=1), t).float().reshape(B, C, self.each, H, W).movedim(2, -1)
-        if self.K <= 32:
-            return out
-        mean, log_scale, shown = out.unbind(-1)
-        logits = d3pm.truncated_logistic(torch.where(masked, 0.0, grey) + mean, log_scale - 2, self.levels)
-        logits = nn.functional.pad(logits, (0, self.K - self.levels))
-        return logits.scatter_add(-1, xt[..., None], shown[..., None])
+        logits = self.unet(torch.cat([grey, masked.float()], dim=1), t).float().reshape(B, C, self.each, H, W).movedim(2, -1)
+        if self.K > 32:
+            mean, log_scale = logits.unbind(-1)
+            logits = d3pm.truncated_logistic(grey + mean, log_scale - 2, self.levels)
+            logits = nn.functional.pad(logits, (0, self.K - self.levels))
+        uniform = self.mask is None and isinstance(self.transition, d3pm.MixingTransition)
+        return logits + self.transition.log_columns(xt, 0, t) if uniform else logits
 
 
 def build(config):
@@ -352,7 +353,7 @@ def build(config):
             K = states + (config["transition"] == "absorbing")
             diffusion = d3pm.D3PM(family(K, betas[config["schedule"]](T)), config["reverse"])
             net = (d3pm.Transformer(K, config["shape"], **size) if config["chars"]
-                   else StateUNet(K, diffusion.transition.mask, config["shape"][0], **size))
+                   else StateUNet(diffusion.transition, config["shape"][0], **size))
     except KeyError:
         fail(f"--schedule {config['schedule']} is not for --model {config['model']}")
     except ValueError as error:

@@ -139,21 +139,20 @@ def test_a_stopped_run_says_where_and_goes_on(home, number):
 
 @pytest.mark.parametrize("kind", ["ddpm", "d3pm-image"])
 def test_two_processes_are_one(home, kind):
-    """Under torchrun the gradient is that of the whole batch: the same weights within float error."""
-    args = [*MODELS[kind], *TINY, "--steps", 4]
+    """Under torchrun the gradient is that of the whole batch, within float error; only the first process speaks."""
+    args = [*MODELS[kind], *TINY, "--steps", 1]
     run(home, *args, "--out", "one")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
     said, err = command(home, *args, "--out", "two", launcher=launcher).communicate(timeout=300)
-    assert "batch 4" in said, err
-    assert said.count("->") == 1, "only the first process speaks, of the global batch"
-    one, two = (torch.load(home / out / "checkpoint.pt", weights_only=True)["model"] for out in ("one", "two"))
-    assert one.keys() == two.keys()
-    # Adam divides by the root of tiny second moments at first, so that float error of 1e-7 grows to about 1e-5.
-    worst = max((one[k] - two[k]).abs().max().item() for k in one)
-    assert worst < 1e-4, worst
+    assert "batch 4" in said and said.count("->") == 1, said + err
+    # After one step Adam's first moment is a tenth of the clipped gradient. The weights would not do: Adam divides
+    # by the gradient's size, and so blows up the float error of those that should be 0.
+    one, two = ({k: v for k, v in weights(home / out).items() if k.endswith("exp_avg")} for out in ("one", "two"))
+    scale, worst = max(v.abs().max() for v in one.values()), max((one[k] - two[k]).abs().max() for k in one)
+    assert one.keys() == two.keys() and scale > 0 and worst < 1e-5 * scale, (worst, scale)
 
 
 @pytest.mark.parametrize("kind", MODELS)
