@@ -81,7 +81,7 @@ def options(argv=None):
         "images or a .txt file (fashion-mnist; glyphs if it can't be had)")
     add("--data-dir", metavar="DIR", help="where data sets are, or go to (data)")
     add("--out", metavar="DIR", help="where the run lives (runs/<model>-<data>)")
-    add("--steps", type=count, metavar="N", help="training steps (by device; CPU: ten minutes)")
+    add("--steps", type=count, metavar="N", help="training steps (by model and device)")
     add("--batch-size", type=count, metavar="N", help="examples a step on all devices (by device)")
     add("--lr", type=positive(float), help="peak learning rate (by model)")
     add("--seed", type=int, metavar="N", help="of weights, batches, noise, samples (0)")
