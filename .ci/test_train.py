@@ -27,6 +27,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402  it stands one folder above
 
+torch.set_num_threads(1)        # as in the processes that `command` starts: sums over other parts round otherwise
+
 TINY = "--width 8 --batch-size 4 --timesteps 8 --steps 10 --save-every 1".split()
 TEXT = "".join(random.Random(0).choices("abcde \n", k=3000))
 
