@@ -628,11 +628,16 @@ def rotate(x):
 
 
 class Block(nn.Module):
-    """Self-attention, then a two-layer network, on (B, N, width); time scales, shifts and gates both [P]."""
+    """On (B, N, width): a look at the nearest places, self-attention, and a two-layer network.
+
+    Time scales, shifts and gates the last two [P]. The look is a convolution in each channel: what stands next to a
+    place tells most about it, and attention alone finds that out late.
+    """
 
     def __init__(self, width, heads, dropout):
         super().__init__()
         self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.near = zero(nn.Conv1d(width, width, 7, padding=3, groups=width))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.time = zero(nn.Linear(width, 6 * width))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -640,6 +645,7 @@ class Block(nn.Module):
 
     def forward(self, x, emb):
         B, N, C = x.shape
+        x = x + self.near(x.mT).mT
         scale1, shift1, gate1, scale2, shift2, gate2 = self.time(emb)[:, None].chunk(6, dim=-1)
         h = self.norm(x) * (1 + scale1) + shift1
         q, k, v = self.qkv(h).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)

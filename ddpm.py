@@ -504,23 +504,26 @@ class UNet(nn.Module):
     blocks      residual blocks a level on the way down; one more on the way up
     attention   the levels, counted from 0 at the finest, with self-attention of so many heads
     patch       patch x patch pixels enter as one place: 2 costs a quarter of 1
+    fourier     exponents n of inputs sin and cos(2^n pi x) beside x, [K]: at small t the noise is
+                finer than one grey level, and what a network sees of x alone is too coarse to tell it
 
     H and W must divide by patch * 2^(len(mults) - 1): ValueError otherwise. Its first output is 0.
     """
 
     def __init__(self, channels, out_channels, width=64, mults=(1, 2, 2), blocks=2, attention=(1, 2),
-                 heads=4, dropout=0.0, patch=1):
+                 heads=4, dropout=0.0, patch=1, fourier=()):
         super().__init__()
         widths, time_dim, last = [width * m for m in mults], 4 * width, len(mults) - 1
         if any(widths[level] % heads for level in attention):
             raise ValueError(f"heads={heads} must divide the channels {widths} of the levels {attention}")
         self.channels, self.width, self.patch, self.divisor = channels, width, patch, patch * 2 ** last
+        self.waves = [2 ** n * math.pi for n in fourier]
 
         def block(cin, level, attends=True):
             return ResBlock(cin, widths[level], time_dim, dropout, heads if attends and level in attention else 0)
 
         self.time = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU())
-        self.stem = nn.Conv2d(channels * patch ** 2, width, 3, padding=1)
+        self.stem = nn.Conv2d(channels * (1 + 2 * len(self.waves)) * patch ** 2, width, 3, padding=1)
         self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [width], width
         for level, w in enumerate(widths):
             for _ in range(blocks):
@@ -543,6 +546,7 @@ class UNet(nn.Module):
             raise ValueError(f"this U-Net takes (B, {self.channels}, H, W) with H and W divisible by "
                              f"{self.divisor}, got {tuple(x.shape)}")
         emb = self.time(timestep_embedding(t, self.width).to(self.stem.weight.dtype))
+        x = torch.cat([x, *[wave(w * x) for w in self.waves for wave in (torch.sin, torch.cos)]], dim=1)
         h = self.stem(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for layer in self.down:

@@ -1130,6 +1130,18 @@ def test_times_are_embedded_as_waves(t, half):
 
 
 @machinery
+@given(seeds, st.sets(st.integers(0, 6), min_size=1))
+def test_unet_can_see_waves_of_its_input(seed, exponents):
+    """fourier=(n, ...) gives the network sin(2^n pi x) and cos(2^n pi x) beside x."""
+    waves = awake(tiny_unet(1, 1, fourier=tuple(exponents)))
+    plain = tiny_unet(1 + 2 * len(exponents), 1)
+    plain.load_state_dict(waves.state_dict())
+    x, t = normal((2, 1, 4, 4), seed), torch.tensor([1, 2])
+    seen = [x] + [f(math.pi * 2 ** n * x) for n in tuple(exponents) for f in (torch.sin, torch.cos)]
+    equal(waves(x, t), plain(torch.cat(seen, 1), t))
+
+
+@machinery
 @given(seeds)
 def test_unet_block_is_two_convolutions_beside_a_skip(seed):
     """skip(x) + conv(silu(a norm(conv(silu(norm(x)))) + b)), a - 1 and b from the time; a fresh
@@ -2129,18 +2141,21 @@ def test_rotated_products_depend_on_the_distance_alone(seed, i, j, shift):
 
 @machinery
 @given(seeds)
-def test_transformer_block_is_attention_then_two_layers(seed):
-    """x + g1 attention(a1 norm(x) + b1), then x + g2 mlp(a2 norm(x) + b2), each scale a, shift b
-    and gate g from the time; and a fresh block is the identity, its gates being 0."""
+def test_transformer_block_is_a_near_look_then_attention_then_two_layers(seed):
+    """x + conv(x) in each channel over 7 places, x + g1 attention(a1 norm(x) + b1), then
+    x + g2 mlp(a2 norm(x) + b2), each scale a, shift b and gate g from the time; and a fresh block
+    is the identity, its convolution and gates being 0."""
     x, emb, fresh = normal((2, 3, 8), seed), normal((2, 8), seed), d3pm.Block(8, 2, 0.0)
     block = awake(d3pm.Block(8, 2, 0.0))
     scale1, b1, g1, scale2, b2, g2 = block.time(emb)[:, None].chunk(6, -1)
+    near = torch.stack([sum(block.near.weight[:, 0, 3 + j - i] * x[:, j] for j in range(3)) for i in range(3)], 1)
+    x0, x = x, x + near + block.near.bias
     h = block.norm(x) * (1 + scale1) + b1
     q, k, v = block.qkv(h).view(2, 3, 3, 2, 4).permute(2, 0, 3, 1, 4)
     weights = (d3pm.rotate(q) @ d3pm.rotate(k).mT / 2).softmax(-1)                # (B, head, N, N)
     h = x + g1 * block.out((weights @ v).transpose(1, 2).reshape(2, 3, 8))
-    equal((block(x, emb), fresh(x, emb)),
-          (h + g2 * block.mlp(block.norm(h) * (1 + scale2) + b2), x))
+    equal((block(x0, emb), fresh(x0, emb)),
+          (h + g2 * block.mlp(block.norm(h) * (1 + scale2) + b2), x0))
 
 
 @machinery

@@ -59,10 +59,14 @@ SETTINGS = ("model data steps batch_size lr seed timesteps schedule prediction v
 
 # Network, batch, steps and peak learning rate by what is trained and where.
 SIZES = {
-    ("ddpm", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=32, lr=3e-3, steps=5000),
-    ("ddpm", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), batch_size=256, lr=5e-4, steps=50000),
-    ("d3pm image", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=32, lr=3e-3, steps=5000),
-    ("d3pm image", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), batch_size=256, lr=5e-4, steps=50000),
+    ("ddpm", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, fourier=(2, 4, 6),
+                          batch_size=16, lr=5e-3, steps=5000),
+    ("ddpm", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), fourier=(2, 4, 6),
+                          batch_size=256, lr=5e-4, steps=50000),
+    ("d3pm image", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, fourier=(0, 1, 2, 3),
+                                batch_size=16, lr=5e-3, steps=5000),
+    ("d3pm image", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), fourier=(0, 1, 2, 3),
+                                batch_size=256, lr=5e-4, steps=50000),
     ("d3pm text", "cpu"): dict(width=128, depth=4, batch_size=8, lr=3e-3, steps=9000),
     ("d3pm text", "gpu"): dict(width=512, depth=8, heads=8, batch_size=256, lr=1e-3, steps=20000, dropout=0.1),
 }
@@ -96,7 +100,7 @@ def options(argv=None):
     add("--figures", action="store_true", help="write the pictures that need no training")
     add("--timesteps", type=count, metavar="T", help="length of the chain (1000; text: --length)")
     add("--schedule", choices=["cosine", "linear", "mutual"], help="betas (cosine; by --transition)")
-    add("--prediction", choices=["eps", "x0", "v"], help="what ddpm's network estimates (eps)")
+    add("--prediction", choices=["eps", "x0", "v"], help="what ddpm's network estimates (v)")
     add("--variance", metavar="V", help="of ddpm's reverse step: learned, or 0..1 (learned)")
     add("--transition", choices=["uniform", "absorbing", "gaussian"], help="(uniform; text: absorbing)")
     add("--reverse", choices=["joint", "conditional"], help="(conditional; gaussian: joint)")
@@ -134,7 +138,7 @@ def complete(args, data, device):
         config |= dict(transition=transition, reverse="joint" if transition == "gaussian" else "conditional")
         config |= dict(length=length) if text else dict(levels=256)
     else:
-        config |= dict(prediction="eps", variance="learned")
+        config |= dict(prediction="v", variance="learned")
     config |= dict(size=data.shape[-1]) if os.path.isdir(data.source) else {}
     config |= {k: size.pop(k) for k in ("steps", "batch_size", "lr", "width")}
     given = {k: v for k, v in vars(args).items() if k in SETTINGS and k not in ("data", "model")}
