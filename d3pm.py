@@ -637,7 +637,7 @@ class Block(nn.Module):
     def __init__(self, width, heads, dropout):
         super().__init__()
         self.heads, self.dropout = heads, nn.Dropout(dropout)
-        self.near = zero(nn.Conv1d(width, width, 7, padding=3, groups=width))
+        self.near = nn.Conv1d(width, width, 5, padding=2, groups=width)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.time = zero(nn.Linear(width, 6 * width))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)

@@ -67,7 +67,7 @@ SIZES = {
                                 batch_size=16, lr=5e-3, steps=5000),
     ("d3pm image", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), fourier=(0, 1, 2, 3),
                                 batch_size=256, lr=5e-4, steps=50000),
-    ("d3pm text", "cpu"): dict(width=128, depth=4, batch_size=8, lr=3e-3, steps=9000),
+    ("d3pm text", "cpu"): dict(width=128, depth=4, batch_size=8, lr=3e-3, steps=6000),
     ("d3pm text", "gpu"): dict(width=512, depth=8, heads=8, batch_size=256, lr=1e-3, steps=20000, dropout=0.1),
 }
 
