@@ -102,7 +102,7 @@ def options(argv=None):
     add("--schedule", choices=["cosine", "linear", "mutual"], help="betas (cosine; by --transition)")
     add("--prediction", choices=["eps", "x0", "v"], help="what ddpm's network estimates (v)")
     add("--variance", metavar="V", help="of ddpm's reverse step: learned, or 0..1 (learned)")
-    add("--transition", choices=["uniform", "absorbing", "gaussian"], help="(uniform; text: absorbing)")
+    add("--transition", choices=["uniform", "absorbing", "gaussian"], help="noise of d3pm (absorbing)")
     add("--reverse", choices=["joint", "conditional"], help="(conditional; gaussian: joint)")
     add("--levels", type=count, metavar="K", help="grey levels of d3pm's images (256)")
     add("--size", type=count, metavar="N", help="pixels a side, for a folder of images (32)")
@@ -130,7 +130,7 @@ def complete(args, data, device):
         fail(f"--data {data.name} is text: it needs --model d3pm")
     kind = f"d3pm {'text' if text else 'image'}" if discrete else "ddpm"
     size = dict(SIZES[kind, "cpu" if device.type == "cpu" else "gpu"])
-    transition = getattr(args, "transition", "absorbing" if text else "uniform")
+    transition = getattr(args, "transition", "absorbing")
     schedule = dict(uniform="cosine", absorbing="mutual", gaussian="linear")[transition] if discrete else "cosine"
     length = getattr(args, "length", 128)
     config = dict(model=args.model, data=data.source, seed=0, timesteps=length if text else 1000, schedule=schedule)
@@ -505,11 +505,11 @@ def batch(step, config, diffusion, train, part):
 
 
 def objective(config, diffusion, model, x0, t, noise):
-    """The loss (B,) that train.py minimises: hybrid for ddpm; for d3pm the bound, or cross-entropy on images."""
+    """The loss (B,) that train.py minimises: hybrid for ddpm; for d3pm the bound, or cross-entropy under uniform noise."""
     if config["model"] == "ddpm":
         learned = config["variance"] == "learned"
         return (diffusion.loss_hybrid if learned else diffusion.loss_simple)(model, x0, t, noise)
-    return (diffusion.loss_vlb if config["chars"] else diffusion.loss_simple)(model, x0, t, noise)
+    return (diffusion.loss_simple if config["transition"] == "uniform" else diffusion.loss_vlb)(model, x0, t, noise)
 
 
 def average(net):
