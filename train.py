@@ -318,13 +318,15 @@ def entropy(counts):
 class StateUNet(nn.Module):
     """ddpm's U-Net for D3PM images: states enter as grey values and a sign for the mask; logits (B, C, H, W, K).
 
-    Up to 32 states have a logit each; more are a truncated logistic's (Austin et al. 2021, appendix A.8). Under
-    uniform noise these say what the other pixels tell, and Bayes' rule adds what x_t does: log q(x_t | x_0).
+    Up to 32 states have a logit each; more are a truncated logistic's (Austin et al. 2021, appendix A.8). These say
+    what the other pixels tell, which is all that the joint step wants; for the conditional one Bayes' rule adds what
+    x_t itself does, log q(x_t | x_0). Under masks that is known anyway.
     """
 
-    def __init__(self, transition, channels, **size):
+    def __init__(self, diffusion, channels, **size):
         super().__init__()
-        self.transition, self.K, self.mask = transition, transition.K, transition.mask
+        self.transition, self.K, self.mask = diffusion.transition, diffusion.K, diffusion.transition.mask
+        self.bayes = self.mask is None and diffusion.reverse == "conditional"
         self.levels, self.each = self.K - (self.mask is not None), self.K if self.K <= 32 else 2
         self.unet = ddpm.UNet(2 * channels, self.each * channels, **size)
 
@@ -337,8 +339,7 @@ class StateUNet(nn.Module):
             mean, log_scale = logits.unbind(-1)
             logits = d3pm.truncated_logistic(grey + mean, log_scale - 2, self.levels)
             logits = nn.functional.pad(logits, (0, self.K - self.levels))
-        uniform = self.mask is None and isinstance(self.transition, d3pm.MixingTransition)
-        return logits + self.transition.log_columns(xt, 0, t) if uniform else logits
+        return logits + self.transition.log_columns(xt, 0, t) if self.bayes else logits
 
 
 def build(config):
@@ -357,7 +358,7 @@ def build(config):
             K = states + (config["transition"] == "absorbing")
             diffusion = d3pm.D3PM(family(K, betas[config["schedule"]](T)), config["reverse"])
             net = (d3pm.Transformer(K, config["shape"], **size) if config["chars"]
-                   else StateUNet(diffusion.transition, config["shape"][0], **size))
+                   else StateUNet(diffusion, config["shape"][0], **size))
     except KeyError:
         fail(f"--schedule {config['schedule']} is not for --model {config['model']}")
     except ValueError as error:
@@ -505,11 +506,15 @@ def batch(step, config, diffusion, train, part):
 
 
 def objective(config, diffusion, model, x0, t, noise):
-    """The loss (B,) that train.py minimises: hybrid for ddpm; for d3pm the bound, or cross-entropy under uniform noise."""
+    """The loss (B,) that train.py minimises: hybrid for ddpm; for d3pm the bound.
+
+    Under uniform noise the conditional step wants what the cross-entropy wants, and that is the less noisy teacher.
+    """
     if config["model"] == "ddpm":
         learned = config["variance"] == "learned"
         return (diffusion.loss_hybrid if learned else diffusion.loss_simple)(model, x0, t, noise)
-    return (diffusion.loss_simple if config["transition"] == "uniform" else diffusion.loss_vlb)(model, x0, t, noise)
+    simple = config["transition"] == "uniform" and config["reverse"] == "conditional"
+    return (diffusion.loss_simple if simple else diffusion.loss_vlb)(model, x0, t, noise)
 
 
 def average(net):
