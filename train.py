@@ -100,7 +100,7 @@ def options(argv=None):
     add("--figures", action="store_true", help="write the pictures that need no training")
     add("--timesteps", type=count, metavar="T", help="length of the chain (1000; text: --length)")
     add("--schedule", choices=["cosine", "linear", "mutual"], help="betas (cosine; by --transition)")
-    add("--prediction", choices=["eps", "x0", "v"], help="what ddpm's network estimates (v)")
+    add("--prediction", choices=["eps", "x0", "v"], help="what ddpm's network estimates (eps)")
     add("--variance", metavar="V", help="of ddpm's reverse step: learned, or 0..1 (learned)")
     add("--transition", choices=["uniform", "absorbing", "gaussian"], help="noise of d3pm (absorbing)")
     add("--reverse", choices=["joint", "conditional"], help="(conditional; gaussian: joint)")
@@ -138,7 +138,7 @@ def complete(args, data, device):
         config |= dict(transition=transition, reverse="joint" if transition == "gaussian" else "conditional")
         config |= dict(length=length) if text else dict(levels=256)
     else:
-        config |= dict(prediction="v", variance="learned")
+        config |= dict(prediction="eps", variance="learned")
     config |= dict(size=data.shape[-1]) if os.path.isdir(data.source) else {}
     config |= {k: size.pop(k) for k in ("steps", "batch_size", "lr", "width")}
     given = {k: v for k, v in vars(args).items() if k in SETTINGS and k not in ("data", "model")}
