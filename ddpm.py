@@ -9,7 +9,7 @@ A network learns to tell what noise was added; running it backwards from pure no
 
 [H] Ho et al. 2020, arXiv 2006.11239           [N] Nichol & Dhariwal 2021, arXiv 2102.09672
 [S] Song, Meng & Ermon 2020, 2010.02502 (DDIM) [E] Song & Ermon 2019, 1907.05600 (Langevin)
-[V] Salimans & Ho 2022, 2202.00512 (v)         [K] Kingma et al. 2021, 2107.00630 (two times)
+[V] Salimans & Ho 2022, 2202.00512 (v)         [K] Kingma et al. 2021, 2107.00630 (two times, waves)
 
 x0, xt        data and its noised version, float (B, ...), data scaled to [-1, 1]
 t, s          times, an int or int64 (B,), 0 <= s < t <= T; 0 is clean and T is noise
