@@ -6,6 +6,7 @@
                    ------- L_T ----------   ------------------ L_t -------------------   ---- L_0 -----
 
 The bound is that of ddpm.py; only the noise differs: pixels or characters are redrawn, or masked.
+L_t is the term of the step down from t, which the papers call L_{t-1}; that of t = 1 is L_0.
 
 [A] Austin et al. 2021, arXiv 2107.03006       [Ho] Hoogeboom et al. 2021, 2102.05379
 [U] Uria et al. 2014, 1310.1757 (any order)    [P] Peebles & Xie 2023, 2212.09748 (adaptive norm)
@@ -47,6 +48,55 @@ def mutual_information_betas(T):
     return 1 / torch.arange(T, 0, -1, dtype=torch.float64)
 
 
+# ---------------------------------------------------------------- tables, times, rows
+
+def _table(values):
+    """float64 on the CPU in one move: mps has no float64."""
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+
+
+def _betas(betas):
+    """As a table, or ValueError."""
+    betas = _table(betas)
+    if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
+        raise ValueError(f"betas must be a list of numbers in (0, 1], got {betas}")
+    return betas
+
+
+def _check_times(T, s, t, gap=0):
+    """ValueError unless 0 <= s <= t - gap and t <= T; s None is t - 1. What is on an accelerator is not read."""
+    times = [time if isinstance(time, torch.Tensor) else torch.tensor(time, device="cpu")
+             for time in (t, t - 1 if s is None else s)]
+    if any(time.dtype != torch.int64 or time.ndim > 1 for time in times):
+        raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}")
+    late, early = (time if time.device.type == "cpu" else torch.tensor(bound, device="cpu")
+                   for time, bound in zip(times, (T, 0)))
+    if not ((0 <= early) & (early <= late - gap) & (late <= T)).all():
+        raise ValueError(f"need {gap} <= t <= T = {T} and 0 <= s < t, got t = {t}, s = {s}")
+
+
+def _to(coefficient, x):
+    """A float64 coefficient in x's dtype on x's device, in that order: no float64 may reach mps."""
+    return coefficient.to(x.dtype).to(x.device)
+
+
+def _pick(Q, x):
+    """Row x of Q (B, K, K) or (1, K, K), for int x (B, ...) -> (B, ..., K)."""
+    return Q[torch.arange(len(Q), device=x.device).reshape(-1, *[1] * (x.ndim - 1)), x].reshape(*x.shape, -1)
+
+
+def _spread(shared, x, extra, K):
+    """(..., K) in the default dtype: `shared` everywhere, and `extra` more at state x."""
+    like, at = torch.empty(0, device=x.device), x[..., None]
+    shared = _to(shared, like).expand(*x.shape, K)
+    return shared.scatter(-1, at, shared.gather(-1, at) + _to(extra, like))
+
+
+def _logaddexp(a, b):
+    """log(exp(a) + exp(b)), and a itself where b is -inf: logaddexp of two -inf has no gradient."""
+    return torch.where(b == -math.inf, a, torch.logaddexp(a, b.clamp(min=-1e30)))
+
+
 # ---------------------------------------------------------------- transitions: what the noise does
 
 class Transition(nn.Module):
@@ -75,6 +125,10 @@ class Transition(nn.Module):
         pi = self.stationary.to(torch.get_default_dtype()).to(self.device)
         return torch.multinomial(pi, math.prod(shape), replacement=True).reshape(shape)
 
+    def log_columns(self, x, s, t):
+        """The log of columns."""
+        return self.columns(x, s, t).log()
+
 
 class MixingTransition(Transition):
     """Q_t = (1 - beta_t) I + beta_t 1 pi^T: stay, or be drawn anew from pi. No table of K x K.
@@ -88,7 +142,7 @@ class MixingTransition(Transition):
     def __init__(self, betas, stationary):
         betas = _betas(betas)
         log_alpha_bar = F.pad(torch.log1p(-betas).cumsum(0), (1, 0))
-        super().__init__(log_alpha_bar=log_alpha_bar, stationary=torch.as_tensor(stationary, dtype=torch.float64).cpu())
+        super().__init__(log_alpha_bar=log_alpha_bar, stationary=_table(stationary))
         self.T = len(betas)
         # All of pi on one state makes it a mask: data never holds it, and a place without it is still data.
         self.mask = int(self.stationary.argmax()) if self.stationary.max() == 1 else None
@@ -107,8 +161,8 @@ class MixingTransition(Transition):
         s = t - 1 if s is None else s
         s, t = (time.to(self.log_alpha_bar.device) if isinstance(time, torch.Tensor) else time for time in (s, t))
         log_a = self.log_alpha_bar[t] - self.log_alpha_bar[s]
-        log_a = log_a.masked_fill(log_a.isnan(), -math.inf)
-        log_a = torch.where(torch.as_tensor(s == t, device=log_a.device), 0.0, log_a)
+        lost = log_a.isnan()
+        log_a = log_a.masked_fill(lost & (s != t), -math.inf).masked_fill(lost & (s == t), 0.0)
         log_a = log_a.reshape(log_a.shape + (1,) * ndim) if log_a.ndim else log_a
         return log_a.exp(), -torch.expm1(log_a)
 
@@ -117,37 +171,25 @@ class MixingTransition(Transition):
         a, b = self.mix(s, t)
         return a * torch.eye(self.K, dtype=a.dtype, device=a.device) + b * self.stationary
 
-    def _entries(self, x, s, t):
-        """What row x and column x have everywhere, (1 - a) pi and (1 - a) pi[x], and at x: a + (1 - a) pi[x]."""
-        a, b = self.mix(s, t, x.ndim - 1)
-        redrawn = b * self.stationary[x.to(self.stationary.device)]
-        return b[..., None] * self.stationary, redrawn[..., None], a + redrawn
-
     def rows(self, x, s, t):
         """q(x_t | x_s = x) for int x (...); x Q_{s->t} for probabilities x (..., K) -> (..., K)."""
         if x.is_floating_point():
             a, b = self.mix(s, t, x.ndim - 1)
             return _to(a, x) * x + _to(b * self.stationary, x) * x.sum(-1, keepdim=True)
-        row, _, peak = self._entries(x, s, t)
-        return _spread(row, x, peak, self.K)
+        a, b = self.mix(s, t, x.ndim)
+        return _spread(b * self.stationary, x, a, self.K)
 
     def columns(self, x, s, t):
         """q(x_t = x | x_s = k) for every k: the likelihood of each state, x int (...) -> (..., K)."""
-        _, column, peak = self._entries(x, s, t)
-        return _spread(column, x, peak, self.K)
+        a, b = self.mix(s, t, x.ndim)
+        return _spread(b * self.stationary[x.to(b.device)][..., None], x, a, self.K)
 
     def log_rows(self, x, s, t):
         """The log of rows, for int x (...) or log-probabilities x (..., K); small ones do not underflow."""
-        if x.is_floating_point():
-            a, b = self.mix(s, t, x.ndim - 1)
-            return _logaddexp(_to(a.log(), x) + x, _to((b * self.stationary).log(), x))
-        row, _, peak = self._entries(x, s, t)
-        return _spread(row.log(), x, peak.log(), self.K)
-
-    def log_columns(self, x, s, t):
-        """The log of columns."""
-        _, column, peak = self._entries(x, s, t)
-        return _spread(column.log(), x, peak.log(), self.K)
+        if not x.is_floating_point():
+            return self.rows(x, s, t).log()
+        a, b = self.mix(s, t, x.ndim - 1)
+        return _logaddexp(_to(a.log(), x) + x, _to((b * self.stationary).log(), x))
 
     def draw(self, x, s, t):
         """A draw of q(x_t | x_s = x), int64 (...), at O(1) a place."""
@@ -164,7 +206,7 @@ class DenseTransition(Transition):
     """
 
     def __init__(self, matrices, stationary=None):
-        Q = torch.as_tensor(matrices, dtype=torch.float64).cpu()
+        Q = _table(matrices)
         if Q.ndim != 3 or Q.shape[1] != Q.shape[2] or not len(Q):
             raise ValueError(f"matrices must be (T, K, K), got {tuple(Q.shape)}")
         if not ((Q >= 0).all() and ((Q.sum(-1) - 1).abs() < 1e-6).all()):
@@ -173,7 +215,7 @@ class DenseTransition(Transition):
         Q_bar = torch.cat([eye[None], Q])
         for t in range(2, len(Q_bar)):
             Q_bar[t] = Q_bar[t - 1] @ Q_bar[t]
-        pi = Q_bar[-1].mean(0) if stationary is None else torch.as_tensor(stationary, dtype=Q.dtype).cpu()
+        pi = Q_bar[-1].mean(0) if stationary is None else _table(stationary)
         super().__init__(Q=torch.cat([eye[None], Q]), Q_bar=Q_bar, stationary=pi)
         self.T, self._products = len(Q), {}
 
@@ -224,10 +266,6 @@ class DenseTransition(Transition):
         log_moved = torch.where(moved > 0, torch.where(moved > 0, moved, 1.0).log(), -math.inf)
         return _logaddexp(log_moved, x + stay.log().reshape(-1, *[1] * (x.ndim - 2), self.K))
 
-    def log_columns(self, x, s, t):
-        """The log of columns."""
-        return self.columns(x, s, t).log()
-
     def draw(self, x, s, t):
         """A draw of q(x_t | x_s = x), int64 (...)."""
         return categorical(self.log_rows(x, s, t))
@@ -268,7 +306,7 @@ def neighbour_transition(embeddings, betas, k):
     Q_t = exp(beta_t R), the rates R = A - diag(A 1) with A = (G + G^T) / 2k and G[i, j] = 1 where j is one
     of the k nearest neighbours of i. ValueError for fewer than k + 1 embeddings.
     """
-    embeddings, betas = torch.as_tensor(embeddings).double().cpu(), _betas(betas)
+    embeddings, betas = _table(embeddings), _betas(betas)
     K = len(embeddings)
     if not 1 <= k < K:
         raise ValueError(f"k = {k} neighbours need at least k + 1 embeddings, got {K}")
@@ -277,49 +315,6 @@ def neighbour_transition(embeddings, betas, k):
     A = (G + G.T) / (2 * k)
     Q = torch.matrix_exp(betas[:, None, None] * (A - torch.diag(A.sum(1)))).clamp(min=0)
     return DenseTransition(Q / Q.sum(-1, keepdim=True))
-
-
-def _betas(betas):
-    betas = torch.as_tensor(betas, dtype=torch.float64).cpu()
-    if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
-        raise ValueError(f"betas must be a list of numbers in (0, 1], got {betas}")
-    return betas
-
-
-def _check_times(T, s, t, lowest=0):
-    """ValueError unless lowest <= t <= T and 0 <= s <= t - lowest; tensors on an accelerator are not read."""
-    readable = []
-    for time, low in ((t, lowest), (s, 0)):
-        if isinstance(time, torch.Tensor) and (time.dtype != torch.int64 or time.ndim > 1):
-            raise ValueError(f"a time is an int or int64 (B,), got {time.dtype} {tuple(time.shape)}")
-        if time is not None and (not isinstance(time, torch.Tensor) or time.device.type == "cpu"):
-            readable.append(time := torch.as_tensor(time))
-            if time.is_floating_point() or not ((low <= time) & (time <= T)).all():
-                raise ValueError(f"need {low} <= t <= T = {T}, got {time.tolist()}")
-    if len(readable) == 2 and not (readable[1] <= readable[0] - lowest).all():
-        raise ValueError(f"need s < t, got s = {readable[1].tolist()}, t = {readable[0].tolist()}")
-
-
-def _to(coefficient, x):
-    """A float64 coefficient in x's dtype on x's device, in that order: no float64 may reach mps."""
-    return coefficient.to(x.dtype).to(x.device)
-
-
-def _pick(Q, x):
-    """Row x of Q (B, K, K) or (1, K, K), for int x (B, ...) -> (B, ..., K)."""
-    return Q[torch.arange(len(Q), device=x.device).reshape(-1, *[1] * (x.ndim - 1)), x].reshape(*x.shape, -1)
-
-
-def _spread(shared, x, peak, K):
-    """(..., K) in the default dtype: `shared` everywhere, but `peak` at state x."""
-    like = torch.empty(0, device=x.device)
-    shared, peak = _to(shared, like), _to(peak, like)
-    return shared.expand(*x.shape, K).scatter(-1, x[..., None], peak[..., None].expand(*x.shape, 1))
-
-
-def _logaddexp(a, b):
-    """log(exp(a) + exp(b)), and a itself where b is -inf: logaddexp of two -inf has no gradient."""
-    return torch.where(b == -math.inf, a, torch.logaddexp(a, b.clamp(min=-1e30)))
 
 
 def categorical(log_p):
@@ -381,7 +376,9 @@ class D3PM(nn.Module):
 
     def _times(self, x, t, s=None):
         """t and s (None: t - 1) as int64 (B,) on x's device."""
-        _check_times(self.T, s, t, lowest=1)
+        _check_times(self.T, s, t, gap=1)
+        if any(isinstance(time, torch.Tensor) and time.shape not in ((), x.shape[:1]) for time in (t, s)):
+            raise ValueError(f"a time is an int or int64 (B,) = {tuple(x.shape[:1])}, got t = {t}, s = {s}")
         return [time.to(x.device).expand(len(x)) if isinstance(time, torch.Tensor)
                 else torch.full(x.shape[:1], time, device=x.device) for time in (t, t - 1 if s is None else s)]
 
@@ -405,7 +402,7 @@ class D3PM(nn.Module):
         Bayes' rule with x_0 in the condition: q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0). x0 is int (B, ...), or
         log-probabilities (B, ..., K) to average q(x_s | x_0) over. -inf everywhere for an impossible pair.
         """
-        _check_times(self.T, s, t, lowest=1)
+        _check_times(self.T, s, t, gap=1)
         x0 = x0 if x0.is_floating_point() else self._states(x0)
         log_p = (self.transition.log_columns(self._states(xt, data=False), s, t)
                  + self.transition.log_rows(x0, 0, t - 1 if s is None else s))
@@ -485,7 +482,7 @@ class D3PM(nn.Module):
         return self._cross_entropy(self._predict(model, xt, t), x0)
 
     def loss_vlb(self, model, x0, t=None, xt=None):
-        """T L_t, a one-sample estimate of L_0 + ... + L_{T-1}; bits per dimension (B,)."""
+        """T L_t, a one-sample estimate of L_0 + sum L_t; bits per dimension (B,)."""
         t, xt = self._noised(x0, t, xt)
         return self.T * self.vlb_term(model, x0, xt, t)
 
@@ -510,7 +507,7 @@ class D3PM(nn.Module):
             xt = self.q_sample(x0, t)
             log_p0 = self._predict(model, xt, t)
             terms.append(self._vlb_term(log_p0, x0, xt, t, s))
-            errors.append((log_p0.argmax(-1) != x0).double().reshape(len(x0), -1).mean(1))
+            errors.append((log_p0.argmax(-1) != x0).to(log_p0.dtype).reshape(len(x0), -1).mean(1))
         prior, terms = self.prior_kl(x0), torch.stack(terms, dim=1)
         return dict(total=prior + terms.sum(1), prior=prior, terms=terms, x0_error=torch.stack(errors, dim=1))
 
@@ -522,14 +519,12 @@ class D3PM(nn.Module):
         steps is None (all of 1..T), a number n (n evenly spaced times, both ends kept), or an
         increasing list that ends at T. ValueError for anything else.
         """
-        T, n = self.T, steps
-        if n is None or isinstance(n, int) and n >= T:
-            return list(range(1, T + 1))
-        if n == 1:
-            return [T]
-        if isinstance(n, int) and n > 1:
-            return [1 + (2 * i * (T - 1) + n - 1) // (2 * (n - 1)) for i in range(n)]
-        grid = [] if isinstance(n, int) else [int(t) for t in n]
+        T, n = self.T, self.T if steps is None else steps
+        if isinstance(n, int):
+            n = min(n, T)
+            grid = [1 + (2 * i * (T - 1) + n - 1) // (2 * (n - 1)) for i in range(n)] if n > 1 else [T] * n
+        else:
+            grid = [int(t) for t in n]
         if not grid or grid[0] < 1 or grid[-1] != T or any(s >= t for s, t in zip(grid, grid[1:])):
             raise ValueError(f"steps must be a number >= 1 or times that increase to T = {T}, got {steps}")
         return grid
@@ -544,7 +539,10 @@ class D3PM(nn.Module):
         """xs with the known places (known >= 0) put in: as they are among masks, else noised to time s."""
         if known is None:
             return xs
-        known, data = known.to(xs.device).expand(xs.shape), known.to(xs.device).expand(xs.shape).clamp(min=0)
+        if known.device.type == "cpu":
+            self._states(known[known >= 0])
+        known = known.to(xs.device).expand(xs.shape)
+        data = known.clamp(min=0)
         return torch.where(known >= 0, data if self.transition.mask is not None else self.q_sample(data, s), xs)
 
     @torch.no_grad()
@@ -579,6 +577,8 @@ class D3PM(nn.Module):
         xs = self._hold(torch.full(shape, mask, device=self.device), known, self.T)
         flat = xs.reshape(len(xs), -1)
         D = flat.shape[1]
+        if order is not None and order.device.type == "cpu" and not (order.sort().values == torch.arange(D)).all():
+            raise ValueError(f"order must hold each place 0..{D - 1} once, got {order.tolist()}")
         order = torch.rand(flat.shape, device=self.device).argsort(1) if order is None else order.expand(flat.shape)
         for place in order.to(self.device).split(1, dim=1):
             masked = flat == mask

@@ -6,6 +6,7 @@
                    ------- L_T ----------   ------------------ L_t -------------------   ---- L_0 -----
 
 A network learns to tell what noise was added; running it backwards from pure noise draws new data.
+L_t is the term of the step down from t, which the papers call L_{t-1}; that of t = 1 is L_0.
 
 [H] Ho et al. 2020, arXiv 2006.11239           [N] Nichol & Dhariwal 2021, arXiv 2102.09672
 [S] Song, Meng & Ermon 2020, 2010.02502 (DDIM) [E] Song & Ermon 2019, 1907.05600 (Langevin)
@@ -52,9 +53,7 @@ def cosine_beta_schedule(T, s=0.008):
 
 def normal_kl(mean1, log_var1, mean2, log_var2):
     """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise; tensors or numbers."""
-    like = next(v for v in (mean1, log_var1, mean2, log_var2) if isinstance(v, torch.Tensor))
-    log_var1, log_var2 = (torch.as_tensor(v, dtype=like.dtype, device=like.device)
-                          for v in (log_var1, log_var2))
+    log_var1, log_var2 = torch.as_tensor(log_var1), torch.as_tensor(log_var2)
     return 0.5 * (log_var2 - log_var1 - 1 + torch.exp(log_var1 - log_var2)
                   + (mean1 - mean2) ** 2 * torch.exp(-log_var2))
 
@@ -82,9 +81,8 @@ def discretized_gaussian_log_likelihood(x, mean, log_std, levels=256):
                + width ** 2 * (centre ** 2 - 1) / 24)
     gap = torch.where(narrow, torch.full_like(centre, -1.0), _log_ndtr(low) - _log_ndtr(high))
     inside = torch.where(narrow, density, _log_ndtr(high) + torch.log(-torch.expm1(gap)))
-    lowest = _log_ndtr((x + half - mean) * inv_std)
-    highest = _log_ndtr((mean + half - x) * inv_std)
-    return torch.where(x < -1 + half, lowest, torch.where(x > 1 - half, highest, inside))
+    outer = _log_ndtr((half - x.sign() * (x - mean)) * inv_std)
+    return torch.where(x.abs() > 1 - half, outer, inside)
 
 
 # ---------------------------------------------------------------- the diffusion
@@ -96,7 +94,7 @@ class GaussianDiffusion(nn.Module):
     prediction  what the network's output estimates: "eps" [H], "x0", or
                 "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 [V]
     variance    sigma^2 = beta^f beta_tilde^(1 - f): a number f in [0, 1] (0: beta_tilde, 1: beta), or
-                "learned": the network returns 2C channels, the second C being [N]'s v = 2f - 1
+                "learned": the network returns 2C channels, the second C being 2f - 1, as in [N]'s code
     levels      number of values a data channel can take, for the decoder L_0
 
     Raises ValueError for betas, prediction or variance other than these, and for a time outside
@@ -131,21 +129,17 @@ class GaussianDiffusion(nn.Module):
         self.log_alpha_bar = self.log_alpha_bar.to("cpu" if self.device.type == "mps" else self.device)
         return self
 
-    def _times(self, x, t, s=None, lowest=1):
-        """t and s (None: t - 1) as int64 (B,) on x's device; ValueError for any that can be read and is wrong."""
+    def _times(self, x, t, s=None, gap=1):
+        """t and s (None: t - 1) as int64 (B,) on x's device; ValueError unless 0 <= s <= t - gap, t <= T."""
         s = t - 1 if s is None else s
-        for time, low in ((t, lowest), (s, 0)):
-            if isinstance(time, torch.Tensor) and (time.dtype != torch.int64 or time.shape not in ((), x.shape[:1])):
-                raise ValueError(f"a time is an int or int64 (B,) = {tuple(x.shape[:1])}, "
-                                 f"got {time.dtype} {tuple(time.shape)}")
-            if not isinstance(time, torch.Tensor) or time.device.type == "cpu":
-                time = torch.as_tensor(time)
-                if time.is_floating_point() or not ((low <= time) & (time <= self.T)).all():
-                    raise ValueError(f"need {low} <= t <= T = {self.T}, got {time.tolist()}")
-        readable = [torch.as_tensor(time) for time in (s, t)
-                    if not isinstance(time, torch.Tensor) or time.device.type == "cpu"]
-        if len(readable) == 2 and not (readable[0] < readable[1] + (lowest == 0)).all():
-            raise ValueError(f"need s < t, got s = {readable[0].tolist()}, t = {readable[1].tolist()}")
+        times = [time if isinstance(time, torch.Tensor) else torch.tensor(time, device="cpu") for time in (t, s)]
+        if any(time.dtype != torch.int64 or time.shape not in ((), x.shape[:1]) for time in times):
+            raise ValueError(f"a time is an int or int64 (B,) = {tuple(x.shape[:1])}, got t = {t}, s = {s}")
+        # What is on an accelerator stays unread: the widest bound stands for it.
+        late, early = (time if time.device.type == "cpu" else torch.tensor(bound, device="cpu")
+                       for time, bound in zip(times, (self.T, 0)))
+        if not ((0 <= early) & (early <= late - gap) & (late <= self.T)).all():
+            raise ValueError(f"need {gap} <= t <= T = {self.T} and 0 <= s < t, got t = {t}, s = {s}")
         return [time.to(x.device).expand(len(x)) if isinstance(time, torch.Tensor)
                 else torch.full((len(x),), time, device=x.device) for time in (t, s)]
 
@@ -159,18 +153,23 @@ class GaussianDiffusion(nn.Module):
         log_alpha = (self.log_alpha_bar[t] - self.log_alpha_bar[s]).reshape(-1, *[1] * (x.ndim - 1))
         return log_alpha.exp(), -torch.expm1(log_alpha)
 
+    def _scales(self, x, t):
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), t in 1..T, in x's dtype, (B, 1, ...)."""
+        alpha_bar, var_t = self._step(x, self._times(x, t)[0])
+        return _to(alpha_bar.sqrt(), x), _to(var_t.sqrt(), x)
+
     # -------- forward process q
 
     def q_step(self, xs, s, t, noise=None):
         """A draw of q(x_t | x_s) = N(sqrt(alpha) x_s, beta I), [H] eq. 2 for s = t - 1, (B, ...)."""
-        t, s = self._times(xs, t, s, lowest=0)
+        t, s = self._times(xs, t, s, gap=0)
         alpha, beta = self._step(xs, t, s)
         noise = torch.randn_like(xs) if noise is None else noise
         return _to(alpha.sqrt(), xs) * xs + _to(beta.sqrt(), xs) * noise
 
     def q_marginal(self, x0, t):
         """Mean and log variance of q(x_t | x_0), [H] eq. 4, each (B, ...)."""
-        t, _ = self._times(x0, t, 0, lowest=0)
+        t, _ = self._times(x0, t, 0, gap=0)
         alpha_bar, var_t = self._step(x0, t)
         return _to(alpha_bar.sqrt(), x0) * x0, _to(var_t.log(), x0).expand_as(x0)
 
@@ -196,28 +195,24 @@ class GaussianDiffusion(nn.Module):
     # -------- four coordinates of one estimate: x0, eps, v, score
 
     def _target(self, x, t):
-        """(a, b) where the network's target is a x0 + b eps, float64 (B, 1, ...)."""
-        alpha_bar, var_t = self._step(x, t)
-        zero, one = torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
-        return {"eps": (zero, one), "x0": (one, zero), "v": (-var_t.sqrt(), alpha_bar.sqrt())}[self.prediction]
+        """(a, b) where the network's target is a x0 + b eps; numbers, or (B, 1, ...)."""
+        signal, sigma = self._scales(x, t)
+        return {"eps": (0, 1), "x0": (1, 0), "v": (-sigma, signal)}[self.prediction]
 
     def predict_x0(self, xt, t, eps):
-        """x0 = (xt - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), [H] eq. 4 solved for x_0, (B, ...)."""
-        t, _ = self._times(xt, t)
-        alpha_bar, var_t = self._step(xt, t)
-        return _to(alpha_bar.rsqrt(), xt) * xt - _to((var_t / alpha_bar).sqrt(), xt) * eps
+        """x0 = (xt - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), [H] eq. 15, (B, ...)."""
+        signal, sigma = self._scales(xt, t)
+        return (xt - sigma * eps) / signal
 
     def predict_eps(self, xt, t, x0):
         """eps = (xt - sqrt(alpha_bar) x0) / sqrt(1 - alpha_bar), [H] eq. 4 solved for eps, (B, ...)."""
-        t, _ = self._times(xt, t)
-        alpha_bar, var_t = self._step(xt, t)
-        return (xt - _to(alpha_bar.sqrt(), xt) * x0) * _to(var_t.rsqrt(), xt)
+        signal, sigma = self._scales(xt, t)
+        return (xt - signal * x0) / sigma
 
     def predict_v(self, x0, eps, t):
         """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, [V] section 4, (B, ...)."""
-        t, _ = self._times(x0, t)
-        alpha_bar, var_t = self._step(x0, t)
-        return _to(alpha_bar.sqrt(), x0) * eps - _to(var_t.sqrt(), x0) * x0
+        signal, sigma = self._scales(x0, t)
+        return signal * eps - sigma * x0
 
     def _network(self, model, xt, t):
         """One call of the network -> its prediction and its variance output (or None), in xt's dtype."""
@@ -233,18 +228,15 @@ class GaussianDiffusion(nn.Module):
 
             xt = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps,    out = a x0 + b eps
         """
-        alpha_bar, var_t = self._step(xt, t)
-        (a, b), c, d = self._target(xt, t), alpha_bar.sqrt(), var_t.sqrt()
-        det = b * c - a * d
-        x0_hat = _to(b / det, xt) * xt - _to(d / det, xt) * out
-        eps_hat = _to(c / det, xt) * out - _to(a / det, xt) * xt
-        return x0_hat, eps_hat
+        (a, b), (signal, sigma) = self._target(xt, t), self._scales(xt, t)
+        det = b * signal - a * sigma
+        return (b * xt - sigma * out) / det, (signal * out - a * xt) / det
 
     def score(self, model, xt, t):
         """grad log q(x_t) = -E[eps | x_t] / sqrt(1 - alpha_bar_t), (B, ...): denoising score matching [E]."""
         t, _ = self._times(xt, t)
         _, eps_hat = self._estimate(self._network(model, xt, t)[0], xt, t)
-        return -eps_hat * _to(self._step(xt, t)[1].rsqrt(), xt)
+        return -eps_hat / self._scales(xt, t)[1]
 
     # -------- reverse process p
 
@@ -302,7 +294,7 @@ class GaussianDiffusion(nn.Module):
     def _square_error(self, prediction, x0, noise, t):
         """Mean of ||a x0 + b eps - prediction||^2 over the dimensions, (B,)."""
         a, b = self._target(x0, t)
-        return (_to(a, x0) * x0 + _to(b, x0) * noise - prediction).square().reshape(len(x0), -1).mean(1)
+        return (a * x0 + b * noise - prediction).square().reshape(len(x0), -1).mean(1)
 
     def loss_simple(self, model, x0, t=None, noise=None):
         """L_simple: the mean square error of the prediction, [H] eq. 14, (B,)."""
@@ -311,7 +303,7 @@ class GaussianDiffusion(nn.Module):
         return self._square_error(prediction, x0, noise, t)
 
     def loss_vlb(self, model, x0, t=None, noise=None):
-        """T L_t, a one-sample estimate of L_0 + ... + L_{T-1}; bits per dimension (B,), full gradient."""
+        """T L_t, a one-sample estimate of L_0 + sum L_t; bits per dimension (B,), full gradient."""
         t, noise, xt = self._noised(x0, t, noise)
         return self.T * self.vlb_term(model, x0, xt, t, clip=False)
 
@@ -350,14 +342,12 @@ class GaussianDiffusion(nn.Module):
         steps is None (all of 1..T), a number n (n evenly spaced times, both ends kept), or an
         increasing list that ends at T. ValueError for anything else.
         """
-        T, n = self.T, steps
-        if n is None or isinstance(n, int) and n >= T:
-            return list(range(1, T + 1))
-        if n == 1:
-            return [T]
-        if isinstance(n, int) and n > 1:
-            return [1 + (2 * i * (T - 1) + n - 1) // (2 * (n - 1)) for i in range(n)]
-        grid = [] if isinstance(n, int) else [int(t) for t in n]
+        T, n = self.T, self.T if steps is None else steps
+        if isinstance(n, int):
+            n = min(n, T)
+            grid = [1 + (2 * i * (T - 1) + n - 1) // (2 * (n - 1)) for i in range(n)] if n > 1 else [T] * n
+        else:
+            grid = [int(t) for t in n]
         if not grid or grid[0] < 1 or grid[-1] != T or any(s >= t for s, t in zip(grid, grid[1:])):
             raise ValueError(f"steps must be a number >= 1 or times that increase to T = {T}, got {steps}")
         return grid
@@ -367,8 +357,8 @@ class GaussianDiffusion(nn.Module):
         """One reverse step -> a draw of x_s, and the x0_hat that it rests on; each (B, ...).
 
         eta None: ancestral, p(x_s | x_t) with the model's own variance, [H] algorithm 2.
-        0 <= eta <= 1: DDIM, [S] eq. 12 with sigma^2 = eta^2 beta_tilde: 0 adds no noise, 1 is
-        ancestral with beta_tilde; eps_hat is taken from the clipped x0_hat. No noise is added on reaching s = 0.
+        0 <= eta <= 1: DDIM, [S] eq. 12 with sigma^2 = eta^2 beta_tilde (eq. 16): 0 adds no noise,
+        1 is ancestral with beta_tilde; eps_hat is taken from the clipped x0_hat. No noise is added on reaching s = 0.
         """
         if eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"eta must be None or in [0, 1], got {eta}")
@@ -419,8 +409,9 @@ class GaussianDiffusion(nn.Module):
 
             x <- x + h score(x, t) + sqrt(2 h) z,    h = 2 snr^2 (1 - alpha_bar_t)
 
-        corrector_steps times at each t, from T down. The step is Song et al. 2021's (2011.13456, algorithm
-        5), with ||z|| / ||score|| at its mean. At the end x0_hat, the mean of x_0 given x, takes off the last noise.
+        corrector_steps times at each t, from T down. The step is Song et al. 2021's corrector (2011.13456,
+        appendix G), with ||z|| / ||score|| at its mean and without the factor alpha of their code. At the end
+        x0_hat, the mean of x_0 given x, takes off the last noise.
         """
         x, grid = torch.randn(shape, device=self.device), self.timesteps(steps)
         for t in grid[::-1]:
@@ -472,9 +463,10 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
-        h = F.scaled_dot_product_attention(*qkv.unbind(1))                 # (B, heads, H W, C / heads)
-        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        # The fused kernel wants a place's features side by side: without .contiguous() torch takes a slower one.
+        h = F.scaled_dot_product_attention(*qkv.mT.contiguous().unbind(1))  # (B, heads, H W, C / heads)
+        return x + self.out(h.mT.reshape(B, C, H, W))
 
 
 class ResBlock(nn.Module):
