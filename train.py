@@ -60,14 +60,14 @@ SETTINGS = ("model data steps batch_size lr seed timesteps schedule prediction v
 # Network, batch, steps and peak learning rate by what is trained and where.
 SIZES = {
     ("ddpm", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, fourier=(2, 4, 6),
-                          batch_size=16, lr=5e-3, steps=5000),
+                          batch_size=32, lr=5e-3, steps=3500),
     ("ddpm", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), fourier=(2, 4, 6),
                           batch_size=256, lr=5e-4, steps=50000),
     ("d3pm image", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, fourier=(0, 1, 2, 3),
-                                batch_size=16, lr=5e-3, steps=5000),
+                                batch_size=32, lr=5e-3, steps=3500),
     ("d3pm image", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), fourier=(0, 1, 2, 3),
                                 batch_size=256, lr=5e-4, steps=50000),
-    ("d3pm text", "cpu"): dict(width=128, depth=4, batch_size=8, lr=3e-3, steps=6000),
+    ("d3pm text", "cpu"): dict(width=128, depth=4, batch_size=16, lr=3e-3, steps=6000),
     ("d3pm text", "gpu"): dict(width=512, depth=8, heads=8, batch_size=256, lr=1e-3, steps=20000, dropout=0.1),
 }
 
@@ -579,9 +579,7 @@ def train(args, out, device):
 
     torch.manual_seed(config["seed"])
     net, diffusion = build(config)
-    net, diffusion = net.to(device), diffusion.to(device)
-    if device.type == "cuda":
-        net = net.to(memory_format=torch.channels_last)
+    net, diffusion = net.to(device, memory_format=torch.channels_last), diffusion.to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config["lr"], betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema, start = average(net), 0
     if state:
