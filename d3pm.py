@@ -143,7 +143,7 @@ class MixingTransition(Transition):
         betas = _betas(betas)
         log_alpha_bar = F.pad(torch.log1p(-betas).cumsum(0), (1, 0))
         super().__init__(log_alpha_bar=log_alpha_bar, stationary=_table(stationary))
-        self.T = len(betas)
+        self.T, self.spread = len(betas), bool((self.stationary > 0).all())
         # All of pi on one state makes it a mask: data never holds it, and a place without it is still data.
         self.mask = int(self.stationary.argmax()) if self.stationary.max() == 1 else None
 
@@ -190,6 +190,23 @@ class MixingTransition(Transition):
             return self.rows(x, s, t).log()
         a, b = self.mix(s, t, x.ndim - 1)
         return _logaddexp(_to(a.log(), x) + x, _to((b * self.stationary).log(), x))
+
+    def posterior_kl(self, log_guess, x0, xt, s, t):
+        """KL of q(x_s|x_t,x_0) from the same with a guess (..., K) for x_0, in nats (...), 0 < s, no pi 0.
+
+        Both are the likelihood of x_t times something: r = q(x_s|x_0), and u, its mean over the guess. In the
+        logarithm the likelihood cancels: KL = E_q[log r - log u] + log(Z_u / Z_r), Z the normalisers. And only x_0
+        and x_t differ from the other states, so that E_q is a mean under pi and two terms: one pass over K.
+        """
+        coefficients = *self.mix(0, s, x0.ndim - 1), *self.mix(s, t, x0.ndim - 1)
+        (a, b, c, d), pi = (_to(v, log_guess) for v in coefficients), _to(self.stationary, log_guess)
+        u = a[..., None] * log_guess.exp() + b[..., None] * pi
+        u0, ut = (u.gather(-1, x[..., None])[..., 0] for x in (x0, xt))
+        r0, rt = a + b * pi[x0], a * (x0 == xt) + b * pi[xt]
+        f0, ft = (r0 / u0).log(), (rt / ut).log()
+        mean_f = b.log() + (pi * pi.log()).sum() + pi[x0] * (r0 / (b * pi[x0])).log() - u.log() @ pi
+        redrawn, Z = d * pi[xt], d * pi[xt] + c * rt
+        return (redrawn * (a * f0 + b * mean_f) + c * rt * ft) / Z + ((redrawn + c * ut) / Z).log()
 
     def draw(self, x, s, t):
         """A draw of q(x_t | x_s = x), int64 (...), at O(1) a place."""
@@ -426,16 +443,20 @@ class D3PM(nn.Module):
         masked, known = (xt == mask)[..., None], xt[..., None] == states
         return logits.masked_fill(torch.where(masked, states == mask, ~known), -math.inf).log_softmax(-1)
 
+    def _guess(self, log_p0, xt, t):
+        """What the reverse step averages q(x_s | x_t, x_0) over, log-probabilities of x_0."""
+        if self.reverse == "joint":
+            return log_p0
+        likelihood = self.transition.log_columns(xt, 0, t)
+        return (log_p0 - likelihood.masked_fill(likelihood == -math.inf, 0.0)).log_softmax(-1)
+
     def _reverse(self, log_p0, xt, t, s):
         """Log-probabilities of p(x_s | x_t) from those of p(x_0 | x_t)."""
-        guess, settled = log_p0, self._times(xt, t, s)[1].reshape(-1, *[1] * (xt.ndim - 1)) == 0
-        if self.reverse == "conditional":
-            likelihood = self.transition.log_columns(xt, 0, t)
-            guess = (log_p0 - likelihood.masked_fill(likelihood == -math.inf, 0.0)).log_softmax(-1)
+        settled = self._times(xt, t, s)[1].reshape(-1, *[1] * (xt.ndim - 1)) == 0
         if self.transition.mask is not None:
             # A place without a mask stays as it is, even a known one, at times when q would have masked it.
             settled = settled | (xt != self.transition.mask)
-        return torch.where(settled[..., None], log_p0, self.q_posterior(guess, xt, t, s))
+        return torch.where(settled[..., None], log_p0, self.q_posterior(self._guess(log_p0, xt, t), xt, t, s))
 
     def p_reverse(self, model, xt, t, s=None):
         """Log-probabilities of p(x_s | x_t), [A] eq. 4, (B, ..., K); at s = 0 p(x_0 | x_t) itself."""
@@ -459,6 +480,10 @@ class D3PM(nn.Module):
         return self._vlb_term(self._predict(model, xt, t), x0, xt, t, s)
 
     def _vlb_term(self, log_p0, x0, xt, t, s=None):
+        if isinstance(self.transition, MixingTransition) and self.transition.spread:
+            t, s = self._times(xt, t, s)
+            kl = self.transition.posterior_kl(self._guess(log_p0, xt, t), self._states(x0), xt, s.clamp(min=1), t)
+            return torch.where(s == 0, self._cross_entropy(log_p0, x0), _bits(kl))
         if self.transition.mask is None:
             return _bits(_kl(self.q_posterior(x0, xt, t, s), self._reverse(log_p0, xt, t, s)))
         # For masks the KL is a cross-entropy: a masked place shows its x_0 at s with probability
