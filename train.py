@@ -94,14 +94,14 @@ def options(argv=None):
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--sample", type=count, metavar="N", help="write N samples of the run in --out")
     add("--sample-steps", type=count, metavar="N", help="of --sample (images 50) and --eval (100)")
-    add("--eta", type=float, help="sample by DDIM: 0 no noise, 1 ancestral")
+    add("--eta", type=fraction, help="sample by DDIM: 0 no noise, 1 ancestral")
     add("--prompt", metavar="TEXT", help="text to complete; _ is a free place")
     add("--eval", type=count, nargs="?", const=1000, metavar="N", help="bits/dim on N test examples (1000)")
     add("--figures", action="store_true", help="write the pictures that need no training")
     add("--timesteps", type=count, metavar="T", help="length of the chain (1000; text: --length)")
     add("--schedule", choices=["cosine", "linear", "mutual"], help="betas (cosine; by --transition)")
     add("--prediction", choices=["eps", "x0", "v"], help="what ddpm's network estimates (eps)")
-    add("--variance", metavar="V", help="of ddpm's reverse step: learned, or 0..1 (learned)")
+    add("--variance", type=variance, metavar="V", help="of ddpm's reverse step: learned, or 0..1 (learned)")
     add("--transition", choices=["uniform", "absorbing", "gaussian"], help="noise of d3pm (absorbing)")
     add("--reverse", choices=["joint", "conditional"], help="(conditional; gaussian: joint)")
     add("--levels", type=count, metavar="K", help="grey levels of d3pm's images (256)")
@@ -120,6 +120,18 @@ def positive(kind):
         return value
     parse.__name__ = kind.__name__
     return parse
+
+
+def fraction(text):
+    """An argparse type: a number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return float(text)
+
+
+def variance(text):
+    """An argparse type: learned, or a number from 0 to 1."""
+    return text if text == "learned" else fraction(text)
 
 
 def complete(args, data, device):
@@ -145,18 +157,8 @@ def complete(args, data, device):
     for name in given.keys() - config.keys():
         fail(f"--{name.replace('_', '-')} has no meaning for --model {args.model} on --data {data.name}")
     config |= given
-    if config.get("variance", "learned") != "learned":
-        config["variance"] = fraction(config["variance"])
     shape = [length] if text else list(data.shape)
     return config | dict(shape=shape, chars=data.chars, network=dict(size, width=config["width"]))
-
-
-def fraction(text):
-    """--variance as a number."""
-    try:
-        return float(text)
-    except ValueError:
-        fail(f"--variance must be learned or a number from 0 to 1, got {text}")
 
 
 # ---------------------------------------------------------------- data
@@ -466,13 +468,14 @@ def restore(out, device, args):
     """Network with its EMA weights, diffusion and configuration of the run in `out`."""
     state = load(out)
     config = state["config"]
-    learned = config.get("variance") == "learned"
-    if getattr(args, "variance", "learned") != "learned":
-        config = config | dict(variance=fraction(args.variance))
-    net, _ = build(state["config"])
+    net, _ = build(config)
     net.load_state_dict(state["ema"])
-    _, diffusion = build(config | dict(reverse=getattr(args, "reverse", config.get("reverse"))))
-    net, C = net.to(device).eval().requires_grad_(False), config["shape"][0]
+    learned = config.get("variance") == "learned"
+    if not learned and getattr(args, "variance", None) == "learned":
+        fail(f"the run in {out} has learnt no variance: --variance takes a number from 0 to 1 there")
+    config = config | {name: getattr(args, name) for name in ("variance", "reverse") if hasattr(args, name)}
+    _, diffusion = build(config)
+    net, C = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), config["shape"][0]
     if learned and config["variance"] != "learned":
         return lambda x, t: net(x, t)[:, :C], diffusion.to(device), config
     return net, diffusion.to(device), config
@@ -553,8 +556,6 @@ def prepare(args, out, device, rank):
     else:
         config = state["config"]
         asked = {k: v for k, v in vars(args).items() if k in SETTINGS} | dict(data=data.source)
-        if asked.get("variance", "learned") != "learned":
-            asked["variance"] = fraction(asked["variance"])
         differ = [f"{k.replace('_', '-')} {config.get(k)} there, {v} here" for k, v in asked.items() if config.get(k) != v]
         if differ or data.chars != config["chars"]:
             fail(f"{out} was trained with other settings ({'; '.join(differ) or 'the characters of the text'}): "
