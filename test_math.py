@@ -52,8 +52,21 @@ hypothesis.register_random(TorchRandom)
 
 @pytest.fixture(autouse=True)
 def law(request):
-    """Each test runs in float64, and `equal` knows which law it is about."""
+    """Each test runs in float64, and `equal` knows which law it is about; so does whatever the
+    code raises: a law whose sides can't be computed does not hold."""
     equal.law = f"{request.function.__name__}\n    {request.function.__doc__}"
+    test = request.node.obj
+
+    @functools.wraps(test)
+    def named(**arguments):
+        try:
+            test(**arguments)
+        except AssertionError:
+            raise
+        except Exception as error:
+            raise AssertionError(f"{equal.law}\n    {error!r}") from error
+
+    request.node.obj = named
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
@@ -425,11 +438,13 @@ def test_time_zero_is_clean(chain, x0, seed):
 
 @given(chains(), arrays(), seeds)
 def test_left_out_s_is_the_step_before(chain, xt, seed):
-    """s = t - 1 where s is left out: posterior, reverse step, bound, sampler."""
+    """s = t - 1 where s is left out: posterior, reverse step, bound, sampler; and x0_hat is clipped
+    where nothing is said of it."""
     (betas, _, t), x0, d = chain, data_on(256, xt.shape, seed), gaussian(chain[0], variance=1)
-    short, full = ((*d.q_posterior(x0, xt, *times), *d.p_reverse(network, xt, *times),
-                    d.vlb_term(network, x0, xt, *times), *d.p_sample(network, xt, *times, noise=x0))
-                   for times in ((t,), (t, t - 1)))
+    short, full = ((*d.q_posterior(x0, xt, *times), *d.p_reverse(network, xt, *times, **clip),
+                    d.vlb_term(network, x0, xt, *times, **clip),
+                    *d.p_sample(network, xt, *times, noise=x0, **clip))
+                   for times, clip in (((t,), {}), ((t, t - 1), dict(clip=True))))
     equal(short, full, atol=0, rtol=0)
 
 
@@ -639,9 +654,14 @@ def test_hybrid_loss_adds_a_thousandth_of_the_bound(chain, shape, seed, predicti
 
 @given(chains(), shapes, seeds, predictions)
 def test_no_gradient_passes_the_stop(chain, shape, seed, prediction):
-    """d L_hybrid / d mean = d L_simple / d mean exactly: T L_t trains the variance alone."""
+    """d L_hybrid / d mean = d L_simple / d mean exactly: T L_t trains the variance alone, and
+    nothing where that is fixed."""
     (_, simple, _), _, (_, hybrid, _) = losses_and_gradients(chain, shape, seed, prediction)
-    equal(hybrid - simple, 0.0, atol=0)
+    fixed, x0, said = gaussian(chain[0], prediction, 0.5), normal(shape, seed), \
+        normal(shape, seed + 1).requires_grad_()
+    one, both = (gradient(loss(lambda x, t: said, x0, chain[2], x0), said)[0]
+                 for loss in (fixed.loss_simple, fixed.loss_hybrid))
+    equal((hybrid - simple, both - one), (0.0, 0.0), atol=0)
 
 
 @given(chains(lowest=1), seeds, predictions)
@@ -677,8 +697,9 @@ def off_by(betas, x0, error):
 @given(grids(), shapes, seeds, fractions, st.booleans(), st.floats(-0.5, 0.5))
 @example(([0.5], [1]), (1,), 1, 0.0, True, 0.1)
 def test_bits_per_dim_adds_the_three_parts(chain, shape, seed, f, clip, error):
-    """total = L_T + sum of L_t over the grid's steps, L_0 first; and x0_hat's square error."""
-    (betas, grid), x0 = chain, data_on(256, shape, seed)
+    """total = L_T + sum of L_t over the grid's steps, L_0 first, each at its own
+    x_t ~ q(x_t | x_0); and x0_hat's square error."""
+    (betas, grid), x0, seen = chain, data_on(256, shape, seed), []
     x0_hat = (x0 + error).clamp(-1, 1) if clip else x0 + error
     got = gaussian(betas, variance=f).bits_per_dim(off_by(betas, x0, error), x0, grid, clip)
     terms = torch.stack([term(betas, s, t, x0, x0, x0_hat, f) for s, t in steps_of(grid)], 1)
@@ -686,6 +707,9 @@ def test_bits_per_dim_adds_the_three_parts(chain, shape, seed, f, clip, error):
     equal((got["prior"], got["terms"], got["total"], got["x0_mse"]),
           (prior, terms, prior + terms.sum(1), square[:, None]),
           atol=1e-7, rtol=1e-5)       # x0_hat to eps and back loses digits where alpha_bar is 1e-12
+    gaussian(betas).bits_per_dim(lambda x, t: seen.append(x) or x, torch.full((2000, 1), 0.5), grid)
+    k, v = torch.tensor([walk(betas, 0, t) for t in grid]).T
+    sampled(torch.cat(seen, 1), k * 0.5, v)
 
 
 @given(chains(), shapes, seeds, fractions)
@@ -810,11 +834,12 @@ def test_step_noise_is_standard_normal(chain, xt, f, eta):
 def test_sampler_walks_the_grid_down_to_clean_data(chain, shape, seed, eta, clip):
     """x_T, then one reverse step for each neighbour pair of 0 = S_0 < S_1 < ... < S_n = T."""
     (betas, grid), seen, diffusion = chain, [], gaussian(chain[0], variance=0.5)
+    said = [] if clip else [clip]                           # clipped if nothing is said
     torch.manual_seed(seed)
     s, xs, x0_hat = zip(*diffusion.sample_progressive(
-        lambda x, t: seen.append((x, t)) or network(x, t), shape, grid, eta, clip))
+        lambda x, t: seen.append((x, t)) or network(x, t), shape, grid, eta, *said))
     torch.manual_seed(seed)
-    last, (inputs, times) = diffusion.sample(network, shape, grid, eta, clip), zip(*seen)
+    last, (inputs, times) = diffusion.sample(network, shape, grid, eta, *said), zip(*seen)
     right = [guess(betas, t, x, clip=clip) for x, t in zip(inputs, grid[::-1])]
     equal((list(s), torch.stack(times)[:, 0], torch.stack([*inputs[1:], last]), torch.stack(x0_hat),
            last), ([0, *grid][-2::-1], grid[::-1], torch.stack(xs), torch.stack(right), right[-1]),
@@ -1268,7 +1293,7 @@ class Chain:
         self.mask = seed % K if name == "absorbing" else None
         self.states = torch.tensor([k for k in range(K) if k != self.mask])       # those of data
         self.transition, self.way = accepted(make), way if name in MIXING else "joint"
-        self.diffusion = d3pm.D3PM(self.transition, self.way)
+        self.diffusion = d3pm.D3PM(self.transition, *[self.way] * (self.way != "joint"))
 
     def __repr__(self):
         return f"Chain({self.name}, K={self.K}, betas={self.betas}, {self.mask=}, {self.way})"
@@ -1455,9 +1480,13 @@ def test_stationary_distribution_is_kept(case):
 
 @given(categories())
 def test_many_steps_are_the_product_of_the_matrices(case):
-    """Q_{s->t} = Q_{s+1} Q_{s+2} ... Q_t, in this order; Q_{t->t} = I."""
+    """Q_{s->t} = Q_{s+1} Q_{s+2} ... Q_t, in this order; Q_{t->t} = I. In the mixing families
+    alpha_bar_t = (1 - beta_1) ... (1 - beta_t) is the share never redrawn."""
     chain, s, t = case
     Q = chain.transition.matrix
+    if chain.name in MIXING:
+        equal(chain.transition.alpha_bar,
+              [math.prod(1 - b for b in chain.betas[:i]) for i in range(chain.T + 1)])
     equal((Q(s, t), Q(0, t), Q(t, t)), (chain.path(s, t), chain.path(0, t), torch.eye(chain.K)))
 
 
@@ -1479,9 +1508,9 @@ def test_what_is_lost_stays_lost(beta, seed):
 
 @given(categories(), shapes, seeds)
 def test_rows_and_columns_are_those_of_the_matrix(case, shape, seed):
-    """rows: q(x_t = . | x_s = x), or p Q_{s->t}; columns: q(x_t = x | x_s = .)."""
+    """rows: q(x_t = . | x_s = x), or p Q_{s->t}, p any weights; columns: q(x_t = x | x_s = .)."""
     chain, s, t = case
-    x, p = integers(chain.K, shape, seed), normal((*shape, chain.K), seed).softmax(-1)
+    x, p = integers(chain.K, shape, seed), normal((*shape, chain.K), seed).exp()
     values = [(chain.transition.rows(x, *times), chain.transition.rows(p, *times),
                chain.transition.columns(x, *times))
               for times in [(s, t), (at(s, x), at(t, x)), (s, at(t, x)), (at(s, x), t)]]
@@ -1543,16 +1572,16 @@ def test_reverse_step_sums_over_x0(case, shape, seed, scale):
           chain.reverse(chain.denoised(model, xt, t), xt, s, t), atol=1e-8)
 
 
-@given(categories(["absorbing"]), shapes, seeds)
+@given(strided(["absorbing"]), shapes, seeds)
 def test_masks_keep_what_is_seen_and_are_never_data(case, shape, seed):
     """p(x_0 = mask | x_t) = 0; a place that is not masked never was: p(x_s | x_t) is the point x_t,
     at every t, also where all should be masked by then (a known place)."""
-    chain, s, t = case
-    xt, model = integers(chain.K, shape, seed), table(chain, seed)
-    p, p0 = (chain.diffusion.p_reverse(model, xt, t, s).exp() for s in (s, 0))
+    (chain, grid), xt, model = case, integers(case[0].K, shape, seed), table(case[0], seed)
     seen = xt != chain.mask
-    equal((p[seen], p0[seen], p0[..., chain.mask], p.sum(-1), p0.sum(-1)),
-          (*[torch.eye(chain.K)[xt[seen]]] * 2, 0.0, 1.0, 1.0), atol=1e-12)
+    for s, t in steps_of(grid):                             # all should be masked at the last t
+        p, p0 = (chain.diffusion.p_reverse(model, xt, t, s).exp() for s in (s, 0))
+        equal((p[seen], p0[seen], p0[..., chain.mask], p.sum(-1), p0.sum(-1)),
+              (*[torch.eye(chain.K)[xt[seen]]] * 2, 0.0, 1.0, 1.0), atol=1e-12)
 
 
 @given(categories(["absorbing"]), shapes, seeds)
@@ -1656,6 +1685,17 @@ def test_extreme_logits_have_finite_losses_and_gradients(case, shape, seed, scal
     equal(torch.cat([v.flatten() for v in values]).isfinite().double(), 1.0)
 
 
+@given(seeds, scales, st.sampled_from(["joint", "conditional"]))
+def test_what_is_lost_costs_nothing(seed, scale, way):
+    """Where alpha_bar_s = 0, x_s says nothing of x_0: q(x_s | x_t, x_0) = p(x_s | x_t), so L_t = 0
+    and dL / d logits = 0, also for a state k with pi_k = 0, which has q(x_s = k) = 0."""
+    d = d3pm.D3PM(d3pm.MixingTransition([0.5, 1.0, 0.5], torch.tensor([0.3, 0.7, 0.0])), way)
+    x0, xt = integers(3, (2, 3), seed), integers(2, (2, 3), seed + 1)
+    logits = (scale * normal((2, 3, 3), seed)).requires_grad_()
+    loss = d.loss_vlb(lambda x, t: logits, x0, 3, xt)
+    equal((loss, *gradient(loss, logits)), (0.0, 0.0))
+
+
 @few
 @given(st.integers(2, 5), st.sampled_from(["loss_simple", "loss_vlb", "loss_hybrid"]))
 def test_training_on_categories_draws_every_time_alike(T, loss):
@@ -1671,8 +1711,8 @@ def test_training_on_categories_draws_every_time_alike(T, loss):
 
 @given(strided(), seeds)
 def test_bits_per_dim_of_categories_adds_the_three_parts(case, seed):
-    """total = L_T + sum of L_t over the grid's steps, L_0 first, each at its own draw of x_t,
-    and the share of places where the likeliest x_0 is wrong."""
+    """total = L_T + sum of L_t over the grid's steps, L_0 first, each at its own
+    x_t ~ q(x_t | x_0), and the share of places where the likeliest x_0 is wrong."""
     (chain, grid), seen, model, x0 = case, [], table(case[0], seed), case[0].data((2, 3), seed)
     got = chain.diffusion.bits_per_dim(lambda x, t: seen.append((x, t)) or model(x, t), x0, grid)
     guesses = [chain.denoised(model, x, t) for x, t in seen]
@@ -1683,6 +1723,11 @@ def test_bits_per_dim_of_categories_adds_the_three_parts(case, seed):
     equal((torch.stack([t for _, t in seen], 1), got["prior"], got["terms"], got["total"],
            got["x0_error"]), (torch.tensor(grid), prior, terms, prior + terms.sum(1), wrong),
           rtol=1e-8)
+    seen.clear()
+    chain.diffusion.bits_per_dim(lambda x, t: seen.append(x) or model(x, t),
+                                 x0[:1, :1].expand(2000, 1), grid)
+    for x, t in zip(seen, grid):
+        frequencies(x, chain.path(0, t)[x0[0, 0]])
 
 
 @given(strided(), seeds)
@@ -1893,14 +1938,18 @@ def test_one_place_a_step_loses_nothing(seed, order, mask):
 
 
 @few
-@given(seeds)
-def test_any_order_keeps_what_is_known(seed):
-    """Known places stay, the others follow p(x_i | known)."""
-    diffusion = d3pm.D3PM(d3pm.absorbing_transition(3, d3pm.mutual_information_betas(4)))
-    p, known = (1.5 * normal((2,), seed)).softmax(0), torch.tensor([[-1, 1], [0, -1]])
+@given(seeds, st.sampled_from([3, 4, 10]))
+def test_any_order_keeps_what_is_known(seed, T):
+    """Known places stay, the others follow p(x_i | known); the network is told the first time t
+    by which the share that is masked, m / D <= t / T, would be."""
+    diffusion = d3pm.D3PM(d3pm.absorbing_transition(3, d3pm.mutual_information_betas(T)))
+    p, known, seen = (1.5 * normal((2,), seed)).softmax(0), torch.tensor([[-1, 1], [0, -1]]), []
     logits = torch.nn.functional.pad(p.log(), (0, 1))
-    x0 = diffusion.sample_any_order(lambda x, t: logits.expand(*x.shape, 3), (10000, 2, 2),
-                                    known=known)
+    x0 = diffusion.sample_any_order(
+        lambda x, t: seen.append((x, t)) or logits.expand(*x.shape, 3), (10000, 2, 2), known=known)
+    first = torch.tensor([min(t for t in range(1, T + 1) if m * T <= 4 * t) for m in range(5)])
+    for x, t in seen:
+        equal(t, first[(x == 2).sum((1, 2))])
     frequencies(x0[:, known == -1], p)
     equal(x0[:, known >= 0], [1, 0])
 
@@ -2032,9 +2081,11 @@ DISCRETE_ERRORS = {
     "a mask that is no state": ("mask.*3", lambda d: masked(3)),
     "a mask below 0": ("mask.*-1", lambda d: masked(-1)),
     "a stationary above 1": ("1", lambda d: d3pm.MixingTransition([0.1], torch.tensor([0.9, 0.9]))),
+    "a stationary below 1": ("1", lambda d: d3pm.MixingTransition([0.1], torch.tensor([0.4, 0.4]))),
     "a negative stationary":
         ("prob", lambda d: d3pm.MixingTransition([0.1], torch.tensor([1.5, -0.5]))),
     "rows above 1": ("row", lambda d: d3pm.DenseTransition(torch.ones(1, 2, 2))),
+    "rows below 1": ("row", lambda d: d3pm.DenseTransition(torch.eye(2)[None] / 2)),
     "negative entries":
         ("row", lambda d: d3pm.DenseTransition(torch.tensor([[[2.0, -1.0], [0.0, 1.0]]]))),
     "a matrix alone": ("T, K, K", lambda d: d3pm.DenseTransition(torch.eye(2))),

@@ -10,6 +10,7 @@ In order: options, data, network and diffusion, checkpoints, training, sampling,
 """
 import argparse
 import csv
+import datetime
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from types import SimpleNamespace
 
 # Threads of a CPU that others use too must sleep while they wait, not spin: a run can be ten times slower otherwise.
@@ -34,11 +36,16 @@ import torch
 import torch.distributed as dist
 import torchvision
 from matplotlib import pyplot as plt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 import d3pm
 import ddpm
+
+try:
+    import fcntl
+except ImportError:                     # Windows has none: there two runs in one folder are not told apart
+    fcntl = None
 
 matplotlib.use("Agg")
 
@@ -47,8 +54,8 @@ TORCHVISION = {"fashion-mnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CI
 
 
 def fail(message):
-    """A user's mistake or the machine's fault: one line and no traceback."""
-    raise SystemExit(f"train.py: {message}")
+    """A user's mistake or the machine's fault: one line, from one process of each machine, and no traceback."""
+    raise SystemExit(f"train.py: {message}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 # ---------------------------------------------------------------- options
@@ -58,18 +65,10 @@ SETTINGS = ("model data steps batch_size lr seed timesteps schedule prediction v
             "levels size length width").split()
 
 # Network, batch, steps and peak learning rate by what is trained and where.
-SIZES = {
-    ("ddpm", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, fourier=(2, 4, 6),
-                          batch_size=32, lr=5e-3, steps=3500),
-    ("ddpm", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), fourier=(2, 4, 6),
-                          batch_size=256, lr=5e-4, steps=50000),
-    ("d3pm image", "cpu"): dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, fourier=(0, 1, 2, 3),
-                                batch_size=32, lr=5e-3, steps=3500),
-    ("d3pm image", "gpu"): dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), fourier=(0, 1, 2, 3),
-                                batch_size=256, lr=5e-4, steps=50000),
-    ("d3pm text", "cpu"): dict(width=128, depth=4, batch_size=16, lr=3e-3, steps=6000),
-    ("d3pm text", "gpu"): dict(width=512, depth=8, heads=8, batch_size=256, lr=1e-3, steps=20000, dropout=0.1),
-}
+UNET = {"cpu": dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=32, lr=5e-3, steps=3500),
+        "gpu": dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), batch_size=256, lr=5e-4, steps=50000)}
+TRANSFORMER = {"cpu": dict(width=128, depth=4, batch_size=16, lr=3e-3, steps=6000),
+               "gpu": dict(width=512, depth=8, heads=8, dropout=0.1, batch_size=256, lr=1e-3, steps=20000)}
 
 
 def options(argv=None):
@@ -78,60 +77,47 @@ def options(argv=None):
         prog="train.py", usage="python train.py [options]", argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=80),
         description="Train a diffusion model; or use one, with --sample or --eval.")
-    count = positive(int)
     add = p.add_argument
     add("--model", choices=["ddpm", "d3pm"], help="Gaussian or discrete noise (ddpm)")
     add("--data", metavar="D", help="fashion-mnist, mnist, cifar10, glyphs, docs, a folder of "
         "images or a .txt file (fashion-mnist; glyphs if it can't be had)")
     add("--data-dir", metavar="DIR", help="where data sets are, or go to (data)")
     add("--out", metavar="DIR", help="where the run lives (runs/<model>-<data>)")
-    add("--steps", type=count, metavar="N", help="training steps (by model and device)")
-    add("--batch-size", type=count, metavar="N", help="examples a step on all devices (by device)")
-    add("--lr", type=positive(float), help="peak learning rate (by model)")
+    add("--steps", type=int, metavar="N", help="training steps (by model and device)")
+    add("--batch-size", type=int, metavar="N", help="examples a step on all devices (by device)")
+    add("--lr", type=float, help="peak learning rate (by model)")
     add("--seed", type=int, metavar="N", help="of weights, batches, noise, samples (0)")
     add("--device", help="cpu, cuda, cuda:1, mps (the best found)")
-    add("--save-every", type=count, metavar="N", help="steps between checkpoints (a tenth of all)")
+    add("--save-every", type=int, metavar="N", help="steps between checkpoints (1000 at most)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--sample", type=count, metavar="N", help="write N samples of the run in --out")
-    add("--sample-steps", type=count, metavar="N", help="of --sample (images 50) and --eval (100)")
-    add("--eta", type=fraction, help="sample by DDIM: 0 no noise, 1 ancestral")
+    add("--sample", type=int, metavar="N", help="write N samples of the run in --out")
+    add("--sample-steps", type=int, metavar="N", help="of --sample (images 50) and --eval (100)")
+    add("--eta", type=float, help="sample by DDIM: 0 no noise, 1 ancestral")
     add("--prompt", metavar="TEXT", help="text to complete; _ is a free place")
-    add("--eval", type=count, nargs="?", const=1000, metavar="N", help="bits/dim on N test examples (1000)")
+    add("--eval", type=int, nargs="?", const=1000, metavar="N", help="bits/dim on N test examples (1000)")
     add("--figures", action="store_true", help="write the pictures that need no training")
-    add("--timesteps", type=count, metavar="T", help="length of the chain (1000; text: --length)")
+    add("--timesteps", type=int, metavar="T", help="length of the chain (1000; text: --length)")
     add("--schedule", choices=["cosine", "linear", "mutual"], help="betas (cosine; by --transition)")
     add("--prediction", choices=["eps", "x0", "v"], help="what ddpm's network estimates (eps)")
     add("--variance", type=variance, metavar="V", help="of ddpm's reverse step: learned, or 0..1 (learned)")
     add("--transition", choices=["uniform", "absorbing", "gaussian"], help="noise of d3pm (absorbing)")
     add("--reverse", choices=["joint", "conditional"], help="(conditional; gaussian: joint)")
-    add("--levels", type=count, metavar="K", help="grey levels of d3pm's images (256)")
-    add("--size", type=count, metavar="N", help="pixels a side, for a folder of images (32)")
-    add("--length", type=count, metavar="N", help="characters of an example of text (128)")
-    add("--width", type=count, metavar="N", help="channels of the network (by device)")
-    return p.parse_args(argv)
-
-
-def positive(kind):
-    """An argparse type: a number of that kind above 0."""
-    def parse(text):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def fraction(text):
-    """An argparse type: a number from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
-    return float(text)
+    add("--levels", type=int, metavar="K", help="grey levels of d3pm's images (256)")
+    add("--size", type=int, metavar="N", help="pixels a side, for a folder of images (32)")
+    add("--length", type=int, metavar="N", help="characters of an example of text (128)")
+    add("--width", type=int, metavar="N", help="channels of the network (by device)")
+    args = p.parse_args(argv)
+    ranges = dict(seed=(0, 2 ** 40), eta=(0, 1), variance=(0, 1), levels=(2, 256), lr=(1e-9, 1e3))
+    for name, value in vars(args).items():
+        low, high = ranges.get(name, (1, math.inf))
+        if type(value) in (int, float) and not low <= value <= high:
+            p.error(f"--{name.replace('_', '-')} must lie in {low:g}..{high:g}, got {value}")
+    return args
 
 
 def variance(text):
-    """An argparse type: learned, or a number from 0 to 1."""
-    return text if text == "learned" else fraction(text)
+    """--variance: learned, or a number."""
+    return text if text == "learned" else float(text)
 
 
 def complete(args, data, device):
@@ -140,8 +126,9 @@ def complete(args, data, device):
     text, discrete = data.chars is not None, args.model == "d3pm"
     if text and not discrete:
         fail(f"--data {data.name} is text: it needs --model d3pm")
-    kind = f"d3pm {'text' if text else 'image'}" if discrete else "ddpm"
-    size = dict(SIZES[kind, "cpu" if device.type == "cpu" else "gpu"])
+    size = dict((TRANSFORMER if text else UNET)["cpu" if device.type == "cpu" else "gpu"])
+    if not text:
+        size["fourier"] = (0, 1, 2, 3) if discrete else (2, 4, 6)
     transition = getattr(args, "transition", "absorbing")
     schedule = dict(uniform="cosine", absorbing="mutual", gaussian="linear")[transition] if discrete else "cosine"
     length = getattr(args, "length", 128)
@@ -151,7 +138,7 @@ def complete(args, data, device):
         config |= dict(length=length) if text else dict(levels=256)
     else:
         config |= dict(prediction="eps", variance="learned")
-    config |= dict(size=data.shape[-1]) if os.path.isdir(data.source) else {}
+    config |= dict(size=data.shape[-1]) if data.folder else {}
     config |= {k: size.pop(k) for k in ("steps", "batch_size", "lr", "width")}
     given = {k: v for k, v in vars(args).items() if k in SETTINGS and k not in ("data", "model")}
     for name in given.keys() - config.keys():
@@ -168,7 +155,7 @@ def load_data(source, data_dir, size=32, rank=0):
 
     None is Fashion-MNIST, or glyphs with one line saying so where it can't be had.
     """
-    data = SimpleNamespace(name=source or "fashion-mnist", source=source or "fashion-mnist", chars=None)
+    data = SimpleNamespace(name=source or "fashion-mnist", source=source or "fashion-mnist", chars=None, folder=False)
     if data.name == "glyphs":
         data.train, data.test = glyphs(20000, seed=1), glyphs(2000, seed=2)
     elif data.name in TORCHVISION:
@@ -184,15 +171,17 @@ def load_data(source, data_dir, size=32, rank=0):
             return load_data("glyphs", data_dir)
     elif data.name == "docs" or pathlib.Path(source).is_file():
         text = "\n\n".join(pydoc_data.topics.topics.values()) if data.name == "docs" else read_text(source)
-        data.name, data.chars = pathlib.Path(source).stem, "".join(sorted(set(text)))
-        numbers = torch.tensor(np.searchsorted(np.array(list(data.chars)), np.array(list(text))))
+        known, numbers = np.unique(np.frombuffer(text.encode("utf-32-le"), np.uint32), return_inverse=True)
+        data.name, data.chars, numbers = pathlib.Path(source).stem, "".join(map(chr, known)), torch.from_numpy(numbers)
         data.train, data.test = numbers.split([len(text) - len(text) // 10, len(text) // 10])
     elif pathlib.Path(source).is_dir():
-        data.name, data.source = pathlib.Path(source).resolve().name, str(pathlib.Path(source).resolve())
-        images = torch.from_numpy(folder_images(pathlib.Path(source), pathlib.Path(data_dir), size, rank))
+        path = pathlib.Path(source).resolve()
+        data.folder, data.name, data.source = True, path.name, str(path)
+        images = torch.from_numpy(folder_images(path, pathlib.Path(data_dir), size))
         data.train, data.test = images[len(images) // 10:], images[:len(images) // 10 or 1]
     else:
-        fail(f"--data {source} is neither a known data set ({', '.join(TORCHVISION)}, glyphs, docs) nor a file or folder")
+        fail(f"--data {source} is neither a known data set ({', '.join(TORCHVISION)}, glyphs, docs) "
+             "nor a file or folder")
     data.shape = None if data.chars else tuple(data.train.shape[1:])
     return data
 
@@ -247,7 +236,7 @@ def glyphs(n, seed):
     cells = torch.stack(cells)[torch.randint(len(cells), (n,), generator=generator), None].float()
     noise = 2 * torch.rand(n, 6, generator=generator) - 1
     angle, scale, shear = 0.15 * noise[:, 0], 1 + 0.15 * noise[:, 1], 0.15 * noise[:, 2]
-    turn = torch.stack([torch.stack([angle.cos(), shear - angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)], 1)
+    turn = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], 1).reshape(n, 2, 2)
     theta = torch.cat([turn * scale[:, None, None], 0.1 * noise[:, 3:5, None]], dim=2)
     grid = nn.functional.affine_grid(theta, (n, 1, 56, 56), align_corners=False)
     large = nn.functional.grid_sample(cells, grid, align_corners=False)
@@ -265,47 +254,55 @@ def read_text(path):
     return text
 
 
-def folder_images(folder, data_dir, size, rank):
+def folder_images(folder, data_dir, size):
     """All images below a folder, centre-cropped to size x size, as a memory-mapped uint8 (N, C, size, size)."""
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in Image.registered_extensions())
+    Image.MAX_IMAGE_PIXELS = None
+    kinds = {kind for kind, name in Image.registered_extensions().items() if name in Image.OPEN}
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in kinds and f.is_file())
     if len(files) < 2:
         fail(f"{folder} holds {len(files)} images: at least 2 are needed (one is held out)")
     key = hashlib.sha1("".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns} " for f in files).encode()).hexdigest()
-    cache = data_dir / f"{folder.resolve().name}-{size}-{key[:10]}.npy"
-    if not cache.exists() and rank == 0:
+    cache = data_dir / f"{folder.name}-{size}-{key[:10]}.npy"
+    if not cache.exists():
         data_dir.mkdir(parents=True, exist_ok=True)
         files = [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))]
+        file, partial = files[0], cache.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
         try:
-            grey = all(Image.open(f).mode in ("1", "L", "I;16") for f in files[:64])
-        except OSError as error:
-            fail(f"an image can't be read ({error}): mend it or take it out")
-        partial = cache.with_suffix(f".{os.getpid()}.tmp")
-        out = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), 1 if grey else 3, size, size))
-        for i, file in enumerate(files):
-            try:
-                image = Image.open(file).convert("L" if grey else "RGB")
-            except OSError as error:
-                partial.unlink()
-                fail(f"{file} can't be read ({error}): mend it or take it out")
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
-            out[i] = np.array(image).reshape(size, size, -1).transpose(2, 0, 1)
-            show(f"decoding {i + 1} of {len(files)} images", last=i + 1 == len(files), live_only=(i + 1) % 10000 > 0)
-        out.flush()
-        os.replace(partial, cache)
-    barrier()
-    return np.load(cache, mmap_mode="r+")
+            grey = all(Image.open(file).mode in ("1", "L", "LA", "I", "I;16", "I;16B") for file in files[:64])
+            shape = (len(files), 1 if grey else 3, size, size)
+            with open(partial, "wb") as out:        # not through a memory map: on a full disk that is a bus error
+                np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=shape))
+                for i, file in enumerate(files):
+                    out.write(square(file, size, "L" if grey else "RGB"))
+                    done = i + 1
+                    show(f"decoding {done} of {len(files)} images", done == len(files), live_only=done % 10000 > 0)
+            os.replace(partial, cache)
+        except (OSError, SyntaxError, ValueError) as error:
+            fail(f"{getattr(error, 'filename', None) or file} can't be read or kept ({error}): mend it or take it out")
+        finally:
+            partial.unlink(missing_ok=True)
+    return np.load(cache, mmap_mode="c")
+
+
+def square(file, size, mode):
+    """The bytes of one image, centre-cropped and scaled to (C, size, size)."""
+    with Image.open(file) as image:
+        if image.mode[0] in "IF":        # 16 bits and more, which convert would clip at 255
+            deep = np.asarray(image, np.float32)
+            white = max(deep.max(), 65535 if image.mode[0] == "I" else 1)
+            image = Image.fromarray((deep * (255 / white)).clip(0, 255).astype(np.uint8))
+        image = ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.LANCZOS)
+    return np.array(image).reshape(size, size, -1).transpose(2, 0, 1).tobytes()
 
 
 def yardsticks(data, config):
     """What trivial models need, in bits/dim: how good is good."""
     if data.chars:
         return f"unigram {entropy(torch.bincount(data.train)):.2f} bits/char"
-    x = data.train[:20000].long().flatten(1)
-    x = states(x, config) if config["model"] == "d3pm" else x
-    K, D = config.get("levels", 256), x.shape[1]
-    each = torch.bincount((x + K * torch.arange(D)).flatten(), minlength=K * D).reshape(D, K)
+    K, D, each = config.get("levels", 256), data.train[0].numel(), 0
+    for x in data.train[:20000].split(max(1, 10 ** 7 // D)):
+        x = x.flatten(1).long() * K // 256 + K * torch.arange(D)
+        each = each + torch.bincount(x.flatten(), minlength=K * D).reshape(D, K)
     return (f"the grey values' histogram {entropy(each.sum(0)):.2f} bits/dim, "
             f"each pixel's own histogram {entropy(each).mean():.2f}")
 
@@ -327,8 +324,9 @@ class StateUNet(nn.Module):
 
     def __init__(self, diffusion, channels, **size):
         super().__init__()
-        self.transition, self.K, self.mask = diffusion.transition, diffusion.K, diffusion.transition.mask
-        self.bayes = self.mask is None and diffusion.reverse == "conditional"
+        self.K, self.mask = diffusion.K, diffusion.transition.mask
+        bayes = self.mask is None and diffusion.reverse == "conditional"
+        self.transition = diffusion.transition if bayes else None    # else its tables would be in the EMA and DDP too
         self.levels, self.each = self.K - (self.mask is not None), self.K if self.K <= 32 else 2
         self.unet = ddpm.UNet(2 * channels, self.each * channels, **size)
 
@@ -336,12 +334,13 @@ class StateUNet(nn.Module):
         masked = torch.zeros_like(xt, dtype=torch.bool) if self.mask is None else xt == self.mask
         grey = (2 * xt.float() / (self.levels - 1) - 1).masked_fill(masked, 0.0)
         B, C, H, W = xt.shape
-        logits = self.unet(torch.cat([grey, masked.float()], dim=1), t).float().reshape(B, C, self.each, H, W).movedim(2, -1)
+        out = self.unet(torch.cat([grey, masked.float()], dim=1), t).float()
+        logits = out.reshape(B, C, self.each, H, W).movedim(2, -1)
         if self.K > 32:
             mean, log_scale = logits.unbind(-1)
             logits = d3pm.truncated_logistic(grey + mean, log_scale - 2, self.levels)
             logits = nn.functional.pad(logits, (0, self.K - self.levels))
-        return logits + self.transition.log_columns(xt, 0, t) if self.bayes else logits
+        return logits + self.transition.log_columns(xt, 0, t) if self.transition else logits
 
 
 def build(config):
@@ -369,7 +368,7 @@ def build(config):
 
 
 def states(x, config):
-    """Data as the diffusion takes it: [-1, 1] for ddpm, int64 states for d3pm; from uint8 images or numbers of characters."""
+    """uint8 images or numbers of characters as the diffusion takes them: [-1, 1] for ddpm, int64 states for d3pm."""
     if config["model"] == "ddpm":
         return x.float() / 127.5 - 1
     return x.long() if config["chars"] else x.long() * config["levels"] // 256
@@ -388,7 +387,8 @@ def pictures(x, config):
 def show(line, last=False, live_only=False):
     """A live line on a terminal, which the last one leaves standing; elsewhere a plain line, unless live_only."""
     if sys.stdout.isatty():
-        print(f"\r{line:<100}", end="\n" if last else "", flush=True)
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{line[:width]:<{width}}", end="\n" if last else "", flush=True)
     elif last or not live_only:
         print(line, flush=True)
 
@@ -412,15 +412,11 @@ def join_processes(device):
     if "RANK" in os.environ:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Two backends: what the processes agree on between steps goes by gloo, on the CPU, and no GPU is waited for.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=1))
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-def barrier():
-    """Wait for the other processes, if there are any."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -456,26 +452,30 @@ def load(out):
         fail(f"no checkpoint in {out}: train first, or name the run with --out")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["config"].keys() and {"model", "ema", "optimizer", "step"} <= state.keys():
-            return state
+        net, _ = build(state["config"])
+        net.load_state_dict(state["ema"])
+        torch.optim.AdamW(net.parameters()).load_state_dict(state["optimizer"])
+        return state | dict(step=int(state["step"]))
+    except OSError:
+        raise
     except Exception:
         pass
     previous = path.with_suffix(".previous.pt")
-    fail(f"{path} is damaged or not a checkpoint of train.py" + (f"; the one before is {previous}" if previous.exists() else ""))
+    fail(f"{path} is damaged or not a checkpoint of train.py"
+         + (f"; the one before is {previous}: copy it there" if previous.exists() else ""))
 
 
 def restore(out, device, args):
     """Network with its EMA weights, diffusion and configuration of the run in `out`."""
     state = load(out)
-    config = state["config"]
-    net, _ = build(config)
-    net.load_state_dict(state["ema"])
-    learned = config.get("variance") == "learned"
+    learned = state["config"].get("variance") == "learned"
     if not learned and getattr(args, "variance", None) == "learned":
-        fail(f"the run in {out} has learnt no variance: --variance takes a number from 0 to 1 there")
-    config = config | {name: getattr(args, name) for name in ("variance", "reverse") if hasattr(args, name)}
-    _, diffusion = build(config)
-    net, C = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), config["shape"][0]
+        fail(f"the run in {out} has learnt no variance: --variance takes a number there")
+    asked = {name: getattr(args, name) for name in ("variance", "reverse") if hasattr(args, name)}
+    config = state["config"] | {k: v for k, v in asked.items() if k in state["config"]}
+    (net, _), (_, diffusion), C = build(state["config"]), build(config), config["shape"][0]
+    net.load_state_dict(state["ema"])
+    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if learned and config["variance"] != "learned":
         return lambda x, t: net(x, t)[:, :C], diffusion.to(device), config
     return net, diffusion.to(device), config
@@ -550,27 +550,43 @@ def prepare(args, out, device, rank):
     """The data, the configuration and, for --resume, the checkpoint of the run that was asked for."""
     state = load(out) if getattr(args, "resume", False) else None
     source = getattr(args, "data", state["config"]["data"] if state else None)
-    data = load_data(source, args.data_dir, getattr(args, "size", state["config"].get("size", 32) if state else 32), rank)
+    size = getattr(args, "size", state["config"].get("size", 32) if state else 32)
+    data = load_data(source, args.data_dir, size, rank)
     if state is None:
         config = complete(args, data, device)
     else:
         config = state["config"]
         asked = {k: v for k, v in vars(args).items() if k in SETTINGS} | dict(data=data.source)
-        differ = [f"{k.replace('_', '-')} {config.get(k)} there, {v} here" for k, v in asked.items() if config.get(k) != v]
+        differ = [f"{k.replace('_', '-')} {config.get(k)} there, {v} here" for k, v in asked.items()
+                  if config.get(k) != v]
         if differ or data.chars != config["chars"]:
             fail(f"{out} was trained with other settings ({'; '.join(differ) or 'the characters of the text'}): "
                  "leave them out, or choose another --out")
         if state["step"] >= config["steps"]:
             fail(f"the run in {out} has done its {config['steps']} steps: use it with --sample or --eval")
+    found = f"{len(data.train)}-{zlib.crc32(data.train[:2000].contiguous().numpy()):08x}"
+    if config.setdefault("fingerprint", found) != found:
+        fail(f"the data of the run in {out} has changed since it began: bring it back, or choose another --out")
     if config["chars"] and min(len(data.train), len(data.test)) < config["length"]:
         fail(f"{data.name} is too short for --length {config['length']}")
+    if hasattr(args, "prompt"):
+        encode_prompt(args.prompt, config)
     return data, config, state
 
 
 def train(args, out, device):
     """One run: new, or resumed from its checkpoint."""
     rank, world = join_processes(device)
-    data, config, state = prepare(args, out, device, rank)
+    turn = 0 if rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for now in range(3 if world > 1 else 1):        # the first downloads or decodes, then one on each other machine
+        if now == turn:
+            data, config, state = prepare(args, out, device, rank)
+        if world > 1:
+            dist.barrier()
+    if world > 1:
+        dist.all_gather_object(every := [None] * world, config)
+        if any(other != config for other in every):
+            fail("the processes found different data: give them the same --data-dir")
     out = out or pathlib.Path(f"runs/{config['model']}-{data.name}")
     if state is None and (out / "checkpoint.pt").exists():
         fail(f"{out} already holds a run: go on with --resume, or choose another --out")
@@ -597,7 +613,9 @@ def train(args, out, device):
     except ValueError as error:
         fail(f"{error}; see --size, --width, --levels and --length")
     fast = compiled(net, device, x0 if config["model"] == "d3pm" else noise, t)
-    parallel = nn.parallel.DistributedDataParallel(fast, [device] if device.type == "cuda" else None) if world > 1 else fast
+    parallel = fast
+    if world > 1:
+        parallel = nn.parallel.DistributedDataParallel(fast, [device] if device.type == "cuda" else None)
 
     def model(xt, t):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -605,19 +623,23 @@ def train(args, out, device):
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")         # let go of by the system when the process ends, however it ends
+        try:
+            fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another run is being written to {out}: choose another --out")
         write_whole(out / "config.json", json.dumps(config, indent=1).encode())
         print(f"{config['model']} on {data.name} ({len(data.train):,} {'characters' if data.chars else 'images'}), "
               f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} million parameters, {device}"
               f"{f' x {world}' if world > 1 else ''}, batch {B}, steps {start} to {steps} -> {out}")
         print(f"yardsticks: {yardsticks(data, config)}; samples and bounds use the EMA weights", flush=True)
         if not config["chars"]:
-            Image.fromarray(forward_picture(data.test[:1], [build(config)[1]], config)).save(out / "forward.png")
+            forward_picture(data.test[:1].to(device), [diffusion], config).save(out / "forward.png")
 
-    stop = torch.zeros(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.fill_(1))
+    asked = []                                               # signals to stop
+    handlers = {n: signal.signal(n, lambda *_: asked.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
     log_every, test_every = max(1, min(50, steps // 10)), max(1, steps // 5)
-    save_every = getattr(args, "save_every", max(1, steps // 10))
+    save_every = getattr(args, "save_every", max(1, min(1000, steps // 10)))
     rows = [row for row in read_log(out) if int(row["step"]) <= start]
     losses = torch.zeros(2, 4, device=device)                # by quarter of t: sum and number
     bad = torch.full((), math.inf, device=device)            # the first step with a loss that is not finite
@@ -638,16 +660,20 @@ def train(args, out, device):
         bad = torch.where(loss.isfinite().all(), bad, bad.clamp(max=done))
 
         report, keep = done % log_every == 0 or done == steps, done % save_every == 0 or done == steps
-        if not (report or keep or world == 1 and stop):
+        stopping = torch.tensor(bool(asked), dtype=torch.float)
+        if world > 1:
+            dist.all_reduce(stopping)
+        if not (report or keep or stopping):
             continue
-        # The one place that waits for the device, and where the processes agree.
-        seen = torch.cat([losses.flatten(), stop.to(device)])
+        # The one place that waits for the device. A bad gradient of a good loss shows in the weights.
+        bad = torch.where(nn.utils.get_total_norm(list(net.parameters())).isfinite(), bad, bad.clamp(max=done))
+        seen = losses.flatten()
         if world > 1:
             dist.all_reduce(seen)
             dist.all_reduce(bad, dist.ReduceOp.MIN)
-        *seen, stopping = seen.tolist()
+        seen = seen.tolist()
         if math.isfinite(bad):
-            leave(rank, f"the loss is not finite at step {int(bad)}: {out} keeps the last good checkpoint; try a lower --lr")
+            fail(f"the loss is not finite at step {int(bad)}: {out} keeps the last good checkpoint; try a lower --lr")
         if report and rank == 0:
             sums, numbers, rate = seen[:4], seen[4:], (done - since) * B / (time.monotonic() - clock)
             row = dict(step=done, loss=sum(sums) / sum(numbers), lr=group["lr"], rate=round(rate, 1), test_bits="")
@@ -667,18 +693,15 @@ def train(args, out, device):
             save(out / "checkpoint.pt", dict(model=net.state_dict(), ema=ema.module.state_dict(),
                                              optimizer=optimizer.state_dict(), step=done, config=config))
         if stopping:
-            leave(rank, f"stopped at step {done}; go on with --resume")
+            fail(f"stopped at step {done}; go on with --resume")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if rank == 0:
         loss_figure(out)
         sample(ema.module.eval(), diffusion, config, out, 16 if config["chars"] else 64, args)
         print_written(out)
     if world > 1:
         dist.destroy_process_group()
-
-
-def leave(rank, message):
-    """End every process; only the first one says why."""
-    fail(message) if rank == 0 else sys.exit(1)
 
 
 def print_written(out):
@@ -694,11 +717,8 @@ def read_log(out):
 
 def write_log(out, rows):
     """log.csv anew, whole."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[-1].keys())
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(out / "log.csv", text.getvalue().encode())
+    lines = [",".join(map(str, line)) for line in (rows[0], *(row.values() for row in rows))]
+    write_whole(out / "log.csv", ("\n".join(lines) + "\n").encode())
 
 
 @torch.no_grad()
@@ -751,13 +771,15 @@ def sample(net, diffusion, config, out, n, args):
         show(f"sampled {min(first + chunk, n)} of {n}", last=first + chunk >= n, live_only=True)
     x0 = torch.cat(parts)
     if config["chars"]:
-        (out / "samples.txt").write_text("\n\n".join(f"--- {i + 1}\n{text}" for i, text in enumerate(decode(x0, config))) + "\n")
+        texts = [f"--- {i + 1}\n{text}\n" for i, text in enumerate(decode(x0, config))]
+        (out / "samples.txt").write_text("\n".join(texts), encoding="utf-8")
         save_gif(out / "samples.gif", [text_picture(decode(xs[:4], config)) for _, xs in film])
-        for s, xs in film[::max(1, len(film) // 6)] + film[-1:]:
+        for s, xs in dict(film[::max(1, len(film) // 6)] + film[-1:]).items():
             print(f"t = {s:4d}  {decode(xs[:1], config)[0][:70]!r}")
         return
     images = pictures(x0, config)
-    np.save(out / "samples.npy", images.permute(0, 2, 3, 1).numpy())
+    np.save(raw := io.BytesIO(), images.permute(0, 2, 3, 1).numpy())
+    write_whole(out / "samples.npy", raw.getvalue())
     save_grid(out / "samples.png", images[:64])
     save_gif(out / "samples.gif", [grid_picture(pictures(xs[:36], config)) for _, xs in film])
 
@@ -779,9 +801,9 @@ def encode_prompt(prompt, config):
     return torch.tensor([-1 if c == "_" else config["chars"].index(c) for c in prompt.ljust(config["length"], "_")])
 
 
-def grid_picture(images):
-    """uint8 (N, C, H, W) as one square-ish picture."""
-    grid = torchvision.utils.make_grid(images, nrow=math.ceil(len(images) ** 0.5), padding=2, pad_value=255)
+def grid_picture(images, columns=None):
+    """uint8 (N, C, H, W) as one picture, square-ish if the columns are not given."""
+    grid = torchvision.utils.make_grid(images, nrow=columns or math.ceil(len(images) ** 0.5), padding=2, pad_value=255)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
@@ -833,7 +855,7 @@ def evaluate(net, diffusion, config, out, n, args, data):
         total=total.mean().item(), prior=result["prior"].mean().item(), steps=grid, terms=terms.tolist(),
         x0_mse_or_error=error.tolist(), examples=len(total), unit=unit)).encode())
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    left, right = panels(2, (9, 3.2))
     lengths = torch.tensor(grid) - torch.tensor([0, *grid[:-1]])
     left.loglog(grid, (terms / lengths).clamp(min=1e-9), ".-", markersize=3)
     left.set(xlabel="t", ylabel=f"{unit} for a unit of t", title="the bound's terms: L_0 first")
@@ -843,8 +865,7 @@ def evaluate(net, diffusion, config, out, n, args, data):
     right.plot(torch.cat([result["prior"].mean()[None], rate[:-1]]), distortion, ".-", markersize=3)
     right.set(xlabel=f"rate, {unit}", title="progressive lossy compression",
               ylabel="root mean square error, of 255" if "x0_mse" in result else "places guessed wrong, %")
-    figure.savefig(out / "terms.png", dpi=110)
-    plt.close(figure)
+    save_figure(out / "terms.png")
     if not config["chars"]:
         lossy_pictures(net, diffusion, config, out / "lossy.png", states(examples[:8].to(device), config), grid)
 
@@ -853,141 +874,111 @@ def lossy_pictures(net, diffusion, config, path, x0, grid):
     """What a receiver who has x_t guesses, for eight test images (rows) and falling t (columns); last the image."""
     columns = []
     for t in [grid[i] for i in torch.linspace(len(grid) - 1, 0, 9).long().tolist()]:
-        xt = diffusion.q_sample(x0, t)
-        if config["model"] == "ddpm":
-            columns.append(pictures(diffusion.p_reverse(net, xt, t)[2], config))
-        else:
-            columns.append(pictures(diffusion.p_sample(net, xt, t)[1].argmax(-1), config))
-    columns.append(pictures(x0, config))
-    images = torch.stack(columns, dim=1).flatten(0, 1).cpu()
-    Image.fromarray(torchvision.utils.make_grid(images, nrow=10, pad_value=255).permute(1, 2, 0).numpy()).save(path)
+        guess = diffusion.p_sample(net, diffusion.q_sample(x0, t), t)[1]       # x0_hat, or log p(x_0 | x_t)
+        columns.append(pictures(guess if config["model"] == "ddpm" else guess.argmax(-1), config))
+    images = torch.stack([*columns, pictures(x0, config)], dim=1).flatten(0, 1).cpu()
+    grid_picture(images, columns=10).save(path)
 
 
 # ---------------------------------------------------------------- figures
 
-def plot(path, *panels, size=(9, 3)):
-    """One figure of panels side by side; a panel is a function that draws on its axes."""
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for axis, panel in zip(axes[0], panels):
-        panel(axis)
+def panels(n, size):
+    """n axes side by side, as a list."""
+    return list(plt.subplots(1, n, figsize=size, layout="constrained", squeeze=False)[1][0])
+
+
+def save_figure(path):
+    """The figure drawn last."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plt.savefig(path, dpi=110)
+    plt.close()
 
 
 def loss_figure(out):
     """loss.png from log.csv: the loss by quarter of t, and the held-out bound."""
-    rows = read_log(out)
+    rows, (loss, bound) = read_log(out), panels(2, (9, 3))
     step = [int(row["step"]) for row in rows]
-
-    def loss(axis):
-        for i in range(1, 5):
-            axis.semilogy(step, [float(row[f"quarter{i}"]) for row in rows], label=f"quarter {i} of t")
-        axis.semilogy(step, [float(row["loss"]) for row in rows], "k", label="all")
-        axis.set(xlabel="step", title="training loss")
-        axis.legend(fontsize=7)
-
-    def bound(axis):
-        seen = [(int(row["step"]), float(row["test_bits"])) for row in rows if row["test_bits"]]
-        axis.plot(*zip(*seen), "o-") if seen else None
-        axis.set(xlabel="step", title="bits/dim of 32 test examples, EMA weights")
-
-    plot(out / "loss.png", loss, bound)
+    for name in ("quarter1", "quarter2", "quarter3", "quarter4", "loss"):
+        loss.semilogy(step, [float(row[name]) for row in rows], "k" if name == "loss" else "", label=name)
+    loss.set(xlabel="step", title="training loss, by quarter of t")
+    loss.legend(fontsize=7)
+    seen = [row for row in rows if row["test_bits"]]
+    bound.plot([int(row["step"]) for row in seen], [float(row["test_bits"]) for row in seen], "o-")
+    bound.set(xlabel="step", title="bits/dim of 32 test examples, EMA weights")
+    save_figure(out / "loss.png")
 
 
 def forward_picture(x0, diffusions, config):
-    """One image at ten times under each diffusion, a row each, as one picture."""
+    """One image at ten times under each diffusion, a row each."""
     torch.manual_seed(0)
-    images = []
-    for diffusion in diffusions:
-        T = diffusion.T
-        times = torch.linspace(0, T, 10).long().tolist()
-        x = states(x0, config)
-        images += [pictures(diffusion.q_step(x, 0, t).cpu(), config) for t in times]
-    return torchvision.utils.make_grid(torch.cat(images), nrow=10, pad_value=255).permute(1, 2, 0).numpy()
+    x = states(x0, config)
+    return grid_picture(torch.cat([pictures(diffusion.q_step(x, 0, t).cpu(), config) for diffusion in diffusions
+                                   for t in torch.linspace(0, diffusion.T, 10).long().tolist()]), columns=10)
 
 
 def figures(folder, data):
     """The README's pictures that need no training."""
-    T, chains = 1000, {}
-    for name, schedule in (("linear", ddpm.linear_beta_schedule), ("cosine", ddpm.cosine_beta_schedule)):
-        chains[name] = ddpm.GaussianDiffusion(schedule(T), variance=0.0)
-
-    def strip(axis, diffusions, config, names):
-        axis.imshow(forward_picture(data.test[:1], diffusions, config), cmap="gray")
-        axis.set_yticks([30 * i + 16 for i in range(len(names))], names)
+    def strip(axis, chains, config):
+        axis.imshow(forward_picture(data.test[:1], chains.values(), config), cmap="gray")
+        axis.set_yticks([30 * i + 16 for i in range(len(chains))], chains)
         axis.set_xticks([30 * i + 16 for i in range(10)], [f"{i / 9:.2g}" for i in range(10)])
         axis.set(xlabel="t / T")
 
-    def kept(axis):
-        for name, chain in chains.items():
-            axis.plot(chain.alpha_bar, label=name)
-        axis.set(xlabel="t", title="alpha_bar: share of the signal's power")
-        axis.legend()
+    T = 1000
+    chains = {name: ddpm.GaussianDiffusion(betas(T), variance=0.0) for name, betas in
+              (("linear", ddpm.linear_beta_schedule), ("cosine", ddpm.cosine_beta_schedule))}
+    images, kept = panels(2, (11, 2.6))
+    strip(images, chains, dict(model="ddpm"))
+    for name, chain in chains.items():
+        kept.plot(chain.alpha_bar, label=name)
+    kept.set(xlabel="t", title="alpha_bar: share of the signal's power")
+    kept.legend()
+    save_figure(folder / "forward.png")
 
-    plot(folder / "forward.png", lambda axis: strip(axis, chains.values(), dict(model="ddpm"), chains), kept, size=(11, 2.6))
+    ratio, weights, strides = panels(3, (13, 3))
+    for n, height in ((1000, 3), (100, None), (50, 2), (10, 1)):
+        grid = chains["cosine"].timesteps(n)
+        noise = 1 - chains["cosine"].alpha_bar[grid]
+        if n != 50:
+            ratio.plot(grid[1:], noise[:-1] / noise[1:], label=f"{n} steps")
+        if height:
+            strides.plot(grid, [height] * n, "|", markersize=14)
+    ratio.set(xlabel="t", title="beta_tilde / beta: the ends of the learned range")
+    for name, chain in chains.items():
+        alpha, noise_s = chain.alpha_bar[2:] / chain.alpha_bar[1:-1], 1 - chain.alpha_bar[1:-1]
+        weights.semilogy(range(2, T + 1), (1 - alpha) / (2 * alpha * noise_s), label=name)
+    weights.set(xlabel="t", title="the weight of ||eps - eps_hat||^2 that L_simple drops")
+    strides.set(xlabel="t", yticks=[3, 2, 1], yticklabels=["1000 steps", "50", "10"], ylim=(0.3, 3.7),
+                title="strided sampling: a list of times")
+    ratio.legend(), weights.legend()
+    save_figure(folder / "improved.png")
 
-    def ratio(axis):
-        for n in (1000, 100, 10):
-            grid = chains["cosine"].timesteps(n)
-            s, t = torch.tensor(grid[:-1]), torch.tensor(grid[1:])
-            noise = 1 - chains["cosine"].alpha_bar
-            axis.plot(t, noise[s] / noise[t], label=f"{n} steps")
-        axis.set(xlabel="t", title="beta_tilde / beta: the ends of the learned range")
-        axis.legend()
+    [axis], mean, std, x = panels(1, (5, 3)), torch.tensor(0.4), torch.tensor(0.25), torch.linspace(-1, 1, 9)
+    fine = torch.linspace(-1.4, 1.6, 300)
+    density = torch.distributions.Normal(mean, std).log_prob(fine).exp()
+    axis.plot(fine, density / 4, "k", label="density, scaled to a bin")
+    axis.bar(x, ddpm.discretized_gaussian_log_likelihood(x, mean, std.log(), len(x)).exp(), 0.24, alpha=0.5,
+             label="mass of a level's bin; the outer two are open")
+    axis.set(xlabel="x_0", title="the decoder L_0, for 9 levels", ylim=(0, 0.5))
+    axis.legend(fontsize=7, loc="upper left")
+    save_figure(folder / "decoder.png")
 
-    def weights(axis):
-        for name, chain in chains.items():
-            t = torch.arange(2, T + 1)
-            x = torch.zeros(len(t), 1)
-            alpha, beta = chain._step(x, t, t - 1)
-            noise_s = chain._step(x, t - 1)[1]
-            axis.semilogy(t, beta / (2 * alpha * noise_s), label=name)
-        axis.set(xlabel="t", title="the weight of ||eps - eps_hat||^2 that L_simple drops")
-        axis.legend()
-
-    def strides(axis):
-        for n, height in ((1000, 3), (50, 2), (10, 1)):
-            axis.plot(chains["cosine"].timesteps(n), [height] * n, "|", markersize=14)
-        axis.set(xlabel="t", yticks=[3, 2, 1], yticklabels=["1000 steps", "50", "10"], ylim=(0.3, 3.7),
-                 title="strided sampling: a list of times")
-
-    plot(folder / "improved.png", ratio, weights, strides, size=(13, 3))
-
-    def decoder(axis):
-        levels, mean, log_std = 9, torch.tensor(0.4), torch.tensor(0.25).log()
-        x = torch.linspace(-1, 1, levels)
-        mass = ddpm.discretized_gaussian_log_likelihood(x, mean, log_std, levels).exp()
-        fine = torch.linspace(-1.4, 1.6, 300)
-        axis.plot(fine, torch.distributions.Normal(mean, 0.25).log_prob(fine).exp() / 4, "k", label="density, scaled to a bin")
-        axis.bar(x, mass, 0.24, alpha=0.5, label="mass of a level's bin; the outer two are open")
-        axis.set(xlabel="x_0", title="the decoder L_0, for 9 levels")
-        axis.set(ylim=(0, 0.5))
-        axis.legend(fontsize=7, loc="upper left")
-
-    plot(folder / "decoder.png", decoder, size=(5, 3))
+    def families(K, T, masks=0):
+        return dict(uniform=d3pm.uniform_transition(K, d3pm.cosine_betas(T)),
+                    absorbing=d3pm.absorbing_transition(K + masks, d3pm.mutual_information_betas(T)),
+                    gaussian=d3pm.gaussian_transition(K, d3pm.linear_betas(T)))
 
     K, T = 16, 100
-    points = torch.linspace(0, 6.28, K + 1)[:K]
-    families = dict(uniform=d3pm.uniform_transition(K, d3pm.cosine_betas(T)),
-                    absorbing=d3pm.absorbing_transition(K, d3pm.mutual_information_betas(T)),
-                    gaussian=d3pm.gaussian_transition(K, d3pm.linear_betas(T)),
-                    neighbour=d3pm.neighbour_transition(torch.stack([points.cos(), points.sin()], 1), d3pm.linear_betas(T), 2))
-
-    def matrix(name, t):
-        def panel(axis):
-            axis.imshow(families[name].matrix(0, t), cmap="magma", vmin=0, vmax=0.4)
-            axis.set(title=f"{name}, Q_bar at t = {t}", xlabel="x_t", ylabel="x_0", xticks=[], yticks=[])
-        return panel
-
-    times = dict(uniform=50, absorbing=50, gaussian=1, neighbour=25)       # of 100: each where its shape is plain
-    plot(folder / "transitions.png", *[matrix(*item) for item in times.items()], size=(11, 3))
-    names, K, T = ["uniform", "absorbing", "gaussian"], 256, 100
-    chains_of_states = [d3pm.D3PM(d3pm.uniform_transition(K, d3pm.cosine_betas(T))),
-                        d3pm.D3PM(d3pm.absorbing_transition(K + 1, d3pm.mutual_information_betas(T))),
-                        d3pm.D3PM(d3pm.gaussian_transition(K, d3pm.linear_betas(T)))]
-    plot(folder / "forward-d3pm.png",
-         lambda axis: strip(axis, chains_of_states, dict(model="d3pm", chars=None, levels=K), names), size=(9, 3.2))
+    ring = torch.polar(torch.ones(K), 2 * math.pi * torch.arange(K) / K)
+    near = d3pm.neighbour_transition(torch.view_as_real(ring), d3pm.linear_betas(T), 2)
+    shown, times = families(K, T) | dict(neighbour=near), (50, 50, 1, 25)       # each where its shape is plain
+    for axis, (name, family), t in zip(panels(4, (11, 3)), shown.items(), times):
+        axis.imshow(family.matrix(0, t), cmap="magma", vmin=0, vmax=0.4)
+        axis.set(title=f"{name}, Q_bar at t = {t}", xlabel="x_t", ylabel="x_0", xticks=[], yticks=[])
+    save_figure(folder / "transitions.png")
+    strip(panels(1, (9, 3.2))[0], {name: d3pm.D3PM(family) for name, family in families(256, T, masks=1).items()},
+          dict(model="d3pm", chars=None, levels=256))
+    save_figure(folder / "forward-d3pm.png")
     print(f"written to {folder}: " + ", ".join(sorted(f.name for f in folder.glob("*.png"))))
 
 
@@ -1000,8 +991,10 @@ def main(argv=None):
     out = pathlib.Path(args.out) if hasattr(args, "out") else None
     use = hasattr(args, "sample") or hasattr(args, "eval") or hasattr(args, "resume")
     if out is None and use:
-        data = pathlib.Path(getattr(args, "data", "fashion-mnist"))
-        out = pathlib.Path(f"runs/{getattr(args, 'model', 'ddpm')}-{data.stem if data.suffix == '.txt' else data.name}")
+        model, path = getattr(args, "model", "ddpm"), pathlib.Path(getattr(args, "data", "fashion-mnist")).resolve()
+        out = pathlib.Path(f"runs/{model}-{path.name if path.is_dir() else path.stem}")
+        if not hasattr(args, "data") and not out.exists():       # Fashion-MNIST could not be had then
+            out = pathlib.Path(f"runs/{model}-glyphs")
     try:
         device = find_device(getattr(args, "device", None))
         if hasattr(args, "figures"):
@@ -1013,10 +1006,22 @@ def main(argv=None):
             sample(net, diffusion, config, out, args.sample, args)
         if hasattr(args, "eval"):
             data = load_data(getattr(args, "data", config["data"]), args.data_dir, config.get("size", 32))
+            if bool(data.chars) != bool(config["chars"]) or not data.chars and list(data.shape) != config["shape"]:
+                fail(f"{data.name} does not fit the run in {out}, which is of {config['data']}")
+            if data.chars:                  # in the run's numbers
+                strange = sorted(set(data.chars) - set(config["chars"]))
+                if strange:
+                    fail(f"{data.name} has characters that the run in {out} does not know: {strange}")
+                if len(data.test) < config["length"]:
+                    fail(f"{data.name} is too short: its last tenth must hold {config['length']} characters")
+                number = torch.tensor([config["chars"].index(c) for c in data.chars])
+                data.train, data.test, data.chars = number[data.train], number[data.test], config["chars"]
             evaluate(net, diffusion, config, out, args.eval, args, data)
         print_written(out)
+    except KeyboardInterrupt:
+        fail("interrupted")
     except OSError as error:
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        fail(f"{error.filename or out}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

@@ -185,11 +185,38 @@ def test_a_run_is_used(home, kind):
 
 
 def test_a_folder_of_images_trains(home):
-    """Any size and mode, decoded once into one file; the second run finds it."""
+    """Any size and mode, 16 bits too, decoded once into one file; the second run finds it. No change goes unseen."""
+    deep = np.full((20, 20), 65535 // 2, np.uint16)
+    (home / "deep").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.fromarray(deep).save(home / "deep" / name)
+    shades = train.load_data(str(home / "deep"), home / "data", 16).train
+    assert shades.shape == (2, 1, 16, 16) and (shades == 127).all(), "half of 16 bits is half of 8"
     args = ["--data", "images", "--size", 16, *TINY]
     assert "decoding" in run(home, *args, "--out", "a")
     assert "decoding" not in run(home, *args, "--out", "b")
     assert_equal(weights(home / "a"), weights(home / "b"))
+    run(home, *args[:-1], "5", "--steps", 4, "--out", "c")
+    (home / "images" / "broken.png").write_bytes(b"no image")
+    assert "broken.png" in refused(home, *args, "--out", "d")
+    (home / "images" / "broken.png").unlink()
+    shutil.copy(home / "images" / "0.png", home / "images" / "new.png")
+    state = torch.load(home / "c" / "checkpoint.pt", weights_only=True)
+    state["config"]["steps"] = 8
+    torch.save(state, home / "c" / "checkpoint.pt")
+    assert "has changed" in refused(home, "--out", "c", "--resume")
+
+
+def test_two_runs_do_not_share_a_folder(home):
+    """The second is refused while the first one writes; a killed one lets go."""
+    args = [*MODELS["ddpm"], *TINY, "--steps", 100000, "--save-every", 100000, "--out", "run"]
+    process = command(home, *args)
+    while not (home / "run" / "config.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    assert "another run" in refused(home, *args)
+    process.kill()
+    process.communicate()
+    run(home, *MODELS["ddpm"], *TINY, "--out", "run")
 
 
 def test_no_network_falls_back_to_glyphs(home):
@@ -214,7 +241,7 @@ def test_no_network_falls_back_to_glyphs(home):
 def test_faults_end_in_one_line_and_lose_nothing(home):
     """A loss that is not finite, a full disk, a folder that can't be written, damaged files."""
     args = [*MODELS["ddpm"], *TINY, "--out", "run"]
-    line = refused(home, *args, "--lr", "1e30")
+    line = refused(home, *args, "--lr", "1000", "--width", 32)
     assert re.search(r"not finite at step \d+", line), line
     if (home / "run" / "checkpoint.pt").exists():
         assert all(v.isfinite().all() for v in weights(home / "run").values())
@@ -248,7 +275,8 @@ def test_faults_end_in_one_line_and_lose_nothing(home):
 
 
 WRONG = {
-    "--steps 0": "above 0", "--lr -1": "above 0", "--wrong 1": "unrecognized", "--model vae": "invalid choice",
+    "--steps 0": "must lie in", "--lr -1": "must lie in", "--seed -1": "must lie in", "--eta 2": "must lie in",
+    "--levels 1 --model d3pm": "must lie in", "--prompt x --data glyphs": "for text", "--wrong 1": "unrecognized", "--model vae": "invalid choice",
     "--data nothing": "neither a known data set", "--data empty": "0 images", "--data binary.bin": "text",
     "--data blank.txt": "too short", "--data text.txt": "needs --model d3pm", "--device tpu": "can't be used",
     "--variance 2 --data glyphs": "variance", "--variance big --data glyphs": "variance",
@@ -270,9 +298,15 @@ def test_wrong_input_gets_one_clear_line(home, wrong):
     assert not (home / "runs").exists(), "nothing is written for a command that can't be carried out"
 
 
-def test_unknown_characters_in_a_prompt(home):
+def test_what_a_run_does_not_know(home):
+    """Other characters in a prompt or in the text of --eval, or images where it had text; some of its own will do."""
     run(home, *MODELS["d3pm-text"], *TINY, "--out", "run")
     assert "does not know" in refused(home, "--out", "run", "--sample", 1, "--prompt", "abXY")
+    (home / "other.txt").write_text("xyz " * 1000)
+    (home / "part.txt").write_text("edcba" * 1000)
+    assert "does not know" in refused(home, "--out", "run", "--eval", 2, "--data", "other.txt")
+    assert "does not fit" in refused(home, "--out", "run", "--eval", 2, "--data", "fashion-mnist")
+    assert "on part" in run(home, "--out", "run", "--eval", 2, "--data", "part.txt")
 
 
 def test_help_fits_a_screen(home):
