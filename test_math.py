@@ -1696,6 +1696,14 @@ def test_what_is_lost_costs_nothing(seed, scale, way):
     equal((loss, *gradient(loss, logits)), (0.0, 0.0))
 
 
+@given(seeds, st.sampled_from(["joint", "conditional"]))
+def test_a_state_that_noise_never_gives_was_always_there(seed, way):
+    """If pi_k = 0 and x_t = k then x_s = k: p(x_s | x_t) is the point k, whatever the network says."""
+    d = d3pm.D3PM(d3pm.MixingTransition([0.5, 0.5], torch.tensor([0.3, 0.7, 0.0])), way)
+    logits = normal((2, 3, 3), seed)
+    equal(d.p_reverse(lambda x, t: logits, torch.full((2, 3), 2), 2, 1).exp(), torch.eye(3)[2])
+
+
 @few
 @given(st.integers(2, 5), st.sampled_from(["loss_simple", "loss_vlb", "loss_hybrid"]))
 def test_training_on_categories_draws_every_time_alike(T, loss):
