@@ -574,19 +574,37 @@ def prepare(args, out, device, rank):
     return data, config, state
 
 
+def prepare_in_turn(args, out, device, rank, world):
+    """prepare, first where it may download or decode, then in one process of each other machine, then in the rest."""
+    if world == 1:
+        return prepare(args, out, device, rank)
+    turn = 0 if rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for now in range(3):
+        if now == turn:
+            found = prepare(args, out, device, rank)
+        dist.barrier()
+    dist.all_gather_object(every := [None] * world, found[1])
+    if any(config != found[1] for config in every):
+        fail("the processes found different data: give them the same --data-dir")
+    return found
+
+
+def open_run(out, config):
+    """The folder of a run, with its config.json, for this process alone: the lock goes when the process ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")
+    try:
+        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is being written to {out}: choose another --out")
+    write_whole(out / "config.json", json.dumps(config, indent=1).encode())
+    return lock
+
+
 def train(args, out, device):
     """One run: new, or resumed from its checkpoint."""
     rank, world = join_processes(device)
-    turn = 0 if rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
-    for now in range(3 if world > 1 else 1):        # the first downloads or decodes, then one on each other machine
-        if now == turn:
-            data, config, state = prepare(args, out, device, rank)
-        if world > 1:
-            dist.barrier()
-    if world > 1:
-        dist.all_gather_object(every := [None] * world, config)
-        if any(other != config for other in every):
-            fail("the processes found different data: give them the same --data-dir")
+    data, config, state = prepare_in_turn(args, out, device, rank, world)
     out = out or pathlib.Path(f"runs/{config['model']}-{data.name}")
     if state is None and (out / "checkpoint.pt").exists():
         fail(f"{out} already holds a run: go on with --resume, or choose another --out")
@@ -622,13 +640,7 @@ def train(args, out, device):
             return parallel(xt, t)
 
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")         # let go of by the system when the process ends, however it ends
-        try:
-            fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another run is being written to {out}: choose another --out")
-        write_whole(out / "config.json", json.dumps(config, indent=1).encode())
+        lock = open_run(out, config)            # held by its name until the end
         print(f"{config['model']} on {data.name} ({len(data.train):,} {'characters' if data.chars else 'images'}), "
               f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} million parameters, {device}"
               f"{f' x {world}' if world > 1 else ''}, batch {B}, steps {start} to {steps} -> {out}")
@@ -667,7 +679,7 @@ def train(args, out, device):
             continue
         # The one place that waits for the device. A bad gradient of a good loss shows in the weights.
         bad = torch.where(nn.utils.get_total_norm(list(net.parameters())).isfinite(), bad, bad.clamp(max=done))
-        seen = losses.flatten()
+        seen = losses.flatten().clone()
         if world > 1:
             dist.all_reduce(seen)
             dist.all_reduce(bad, dist.ReduceOp.MIN)
