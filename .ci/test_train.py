@@ -77,6 +77,15 @@ def refused(home, *args):
     return line
 
 
+def torchrun(home, *args):
+    """train.py on two processes, to its end -> what they printed on the two streams."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
+    return command(home, *args, launcher=launcher).communicate(timeout=300)
+
+
 def one_line(process):
     """A process that ends in one clear line and without a traceback -> that line."""
     out, err = process.communicate(timeout=400)
@@ -146,17 +155,25 @@ def test_two_processes_are_one(home, kind):
     """Under torchrun the gradient is that of the whole batch, within float error; only the first process speaks."""
     args = [*MODELS[kind], *TINY, "--steps", 1]
     run(home, *args, "--out", "one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
-    said, err = command(home, *args, "--out", "two", launcher=launcher).communicate(timeout=300)
+    said, err = torchrun(home, *args, "--out", "two")
     assert "batch 4" in said and said.count("->") == 1, said + err
     # After one step Adam's first moment is a tenth of the clipped gradient. The weights would not do: Adam divides
     # by the gradient's size, and so blows up the float error of those that should be 0.
     one, two = ({k: v for k, v in weights(home / out).items() if k.endswith("exp_avg")} for out in ("one", "two"))
     scale, worst = max(v.abs().max() for v in one.values()), max((one[k] - two[k]).abs().max() for k in one)
     assert one.keys() == two.keys() and scale > 0 and worst < 1e-5 * scale, (worst, scale)
+
+
+def test_two_processes_go_on_with_what_one_began(home):
+    """A checkpoint of one process, resumed by two: the weights of the unbroken run, within float error."""
+    run(home, *MODELS["ddpm"], *TINY, "--lr", 1e-4, "--save-every", 5, "--out", "one")
+    (home / "two").mkdir()
+    shutil.copy(home / "one" / "checkpoint.previous.pt", home / "two" / "checkpoint.pt")
+    torchrun(home, "--out", "two", "--resume")
+    (one, two), half = (weights(home / out) for out in ("one", "two")), weights(home / "one", "checkpoint.previous.pt")
+    names = [k for k in one if k.startswith("model.")]
+    worst, moved = (max((a[k] - b[k]).abs().max() for k in names) for a, b in ((one, two), (one, half)))
+    assert two["step"] == 10 and half["step"] == 5 and worst < 0.02 * moved, (worst, moved)
 
 
 @pytest.mark.parametrize("kind", MODELS)
