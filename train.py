@@ -100,7 +100,7 @@ def options(argv=None):
     add("--schedule", choices=["cosine", "linear", "mutual"], help="betas (cosine; by --transition)")
     add("--prediction", choices=["eps", "x0", "v"], help="what ddpm's network estimates (eps)")
     add("--variance", type=variance, metavar="V", help="of ddpm's reverse step: learned, or 0..1 (learned)")
-    add("--transition", choices=["uniform", "absorbing", "gaussian"], help="noise of d3pm (absorbing)")
+    add("--transition", choices=["uniform", "absorbing", "gaussian"], help="noise of d3pm (uniform; text: absorbing)")
     add("--reverse", choices=["joint", "conditional"], help="(conditional; gaussian: joint)")
     add("--levels", type=int, metavar="K", help="grey levels of d3pm's images (256)")
     add("--size", type=int, metavar="N", help="pixels a side, for a folder of images (32)")
@@ -129,7 +129,7 @@ def complete(args, data, device):
     size = dict((TRANSFORMER if text else UNET)["cpu" if device.type == "cpu" else "gpu"])
     if not text:
         size["fourier"] = (0, 1, 2, 3) if discrete else (2, 4, 6)
-    transition = getattr(args, "transition", "absorbing")
+    transition = getattr(args, "transition", "absorbing" if text else "uniform")
     schedule = dict(uniform="cosine", absorbing="mutual", gaussian="linear")[transition] if discrete else "cosine"
     length = getattr(args, "length", 128)
     config = dict(model=args.model, data=data.source, seed=0, timesteps=length if text else 1000, schedule=schedule)
