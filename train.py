@@ -718,7 +718,7 @@ def train(args, out, device):
 
 def print_written(out):
     """The files of a run."""
-    print(f"in {out}: " + ", ".join(sorted(file.name for file in out.iterdir())))
+    print(f"in {out}: " + ", ".join(sorted(file.name for file in out.glob("[!.]*"))))
 
 
 def read_log(out):
