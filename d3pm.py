@@ -143,7 +143,7 @@ class MixingTransition(Transition):
         betas = _betas(betas)
         log_alpha_bar = F.pad(torch.log1p(-betas).cumsum(0), (1, 0))
         super().__init__(log_alpha_bar=log_alpha_bar, stationary=_table(stationary))
-        self.T, self.spread = len(betas), bool((self.stationary > 0).all())
+        self.T, self.reaches_all = len(betas), bool((self.stationary > 0).all())
         # All of pi on one state makes it a mask: data never holds it, and a place without it is still data.
         self.mask = int(self.stationary.argmax()) if self.stationary.max() == 1 else None
 
@@ -480,7 +480,7 @@ class D3PM(nn.Module):
         return self._vlb_term(self._predict(model, xt, t), x0, xt, t, s)
 
     def _vlb_term(self, log_p0, x0, xt, t, s=None):
-        if isinstance(self.transition, MixingTransition) and self.transition.spread:
+        if isinstance(self.transition, MixingTransition) and self.transition.reaches_all:
             t, s = self._times(xt, t, s)
             kl = self.transition.posterior_kl(self._guess(log_p0, xt, t), self._states(x0), xt, s.clamp(min=1), t)
             return torch.where(s == 0, self._cross_entropy(log_p0, x0), _bits(kl))
