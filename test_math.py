@@ -474,6 +474,16 @@ def test_three_predictions_give_one_estimate(chain, x0, seed):
           (backwards(betas, s, t, xt, x0)[0], x0) * 3, atol=1e-8)
 
 
+@given(chains(), arrays(), seeds)
+def test_square_error_of_eps_is_alpha_bar_times_that_of_v(chain, x0, seed):
+    """(eps - eps_hat)^2 = alpha_bar_t (v - v_hat)^2 where a network says v_hat."""
+    (betas, _, t), eps, v_hat = chain, normal(x0.shape, seed), normal(x0.shape, seed + 1)
+    xt, v = noised(betas, t, x0, eps), coordinates(betas, t, x0, eps)["v"]
+    k, var = walk(betas, 0, t)
+    eps_hat = -math.sqrt(var) * gaussian(betas, "v").score(lambda x, t: v_hat, xt, t)
+    equal((eps - eps_hat) ** 2, k ** 2 * (v - v_hat) ** 2, atol=1e-8)
+
+
 @given(chains(), st.lists(st.floats(-1, 1), min_size=1, max_size=4), arrays(), predictions)
 def test_score_is_the_gradient_of_the_log_density(chain, data, xt, prediction):
     """score = grad log q(x_t) = -E[eps | x_t] / sqrt(1 - alpha_bar_t); x_0: one of n points."""

@@ -493,7 +493,9 @@ def batch(step, config, diffusion, train, part):
     """The loss's arguments for one step, drawn by (seed, step) for the whole batch; this process's part of them.
 
     So a run is the same however often it is stopped, and on any number of processes. The times are
-    stratified, one in each of batch_size equal shares of 1..T: the same mean loss with less noise.
+    stratified, one in each of batch_size equal shares: the same mean loss with less noise. They are
+    uniform on 1..T but for v, whose error times alpha_bar_t is that of eps: t is drawn in proportion
+    to alpha_bar_t, so that v is trained for the error of eps.
     """
     torch.manual_seed(config["seed"] * 1_000_003 + step)
     B, T, device = config["batch_size"], config["timesteps"], diffusion.device
@@ -503,7 +505,12 @@ def batch(step, config, diffusion, train, part):
     else:
         x0 = train[torch.randint(len(train), (B,), device=train.device)]
     x0 = states(x0.to(device, non_blocking=True), config)
-    t = ((torch.arange(B, device=device) + torch.rand(1, device=device)) / B * T).long().clamp(max=T - 1) + 1
+    share = (torch.arange(B, device=device) + torch.rand(1, device=device)) / B
+    if config.get("prediction") == "v":
+        mass = diffusion.alpha_bar[1:].float().to(device).cumsum(0)
+        t = torch.searchsorted(mass, share * mass[-1], right=True).clamp(max=T - 1) + 1
+    else:
+        t = (share * T).long().clamp(max=T - 1) + 1
     noise = torch.randn_like(x0) if config["model"] == "ddpm" else diffusion.q_sample(x0, t)
     return x0[part], t[part], noise[part]
 

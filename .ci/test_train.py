@@ -58,6 +58,18 @@ def command(home, *args, launcher=(sys.executable,), **options):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_times_of_v_are_drawn_in_proportion_to_alpha_bar(prediction):
+    """Then the mean square error of v is that of eps at even times, for it is alpha_bar_t times as large there."""
+    B, betas = 4000, torch.tensor([0.1, 0.3, 0.5, 0.9])
+    config = dict(model="ddpm", prediction=prediction, seed=0, batch_size=B, timesteps=4, chars=None)
+    diffusion = train.ddpm.GaussianDiffusion(betas, prediction)
+    _, t, _ = train.batch(0, config, diffusion, torch.zeros(3, 1, 2, 2, dtype=torch.uint8), slice(B))
+    weight = {"eps": torch.ones(4), "v": torch.tensor([0.9, 0.9 * 0.7, 0.9 * 0.7 * 0.5, 0.9 * 0.7 * 0.5 * 0.1])}[prediction]
+    share = torch.bincount(t, minlength=5)[1:] / B
+    assert (share - weight / weight.sum()).abs().max() < 2 / B, f"shares of 1..4 are {share.tolist()}"
+
+
 def run(home, *args):
     """A command that succeeds, in this process (which spares the imports) -> what it printed."""
     said = io.StringIO()
