@@ -65,7 +65,7 @@ def test_times_of_v_are_drawn_in_proportion_to_alpha_bar(prediction):
     config = dict(model="ddpm", prediction=prediction, seed=0, batch_size=B, timesteps=4, chars=None)
     diffusion = train.ddpm.GaussianDiffusion(betas, prediction)
     _, t, _ = train.batch(0, config, diffusion, torch.zeros(3, 1, 2, 2, dtype=torch.uint8), slice(B))
-    weight = {"eps": torch.ones(4), "v": torch.tensor([0.9, 0.9 * 0.7, 0.9 * 0.7 * 0.5, 0.9 * 0.7 * 0.5 * 0.1])}[prediction]
+    weight = {"eps": torch.ones(4), "v": torch.tensor([0.9, 0.63, 0.315, 0.0315])}[prediction]
     share = torch.bincount(t, minlength=5)[1:] / B
     assert (share - weight / weight.sum()).abs().max() < 2 / B, f"shares of 1..4 are {share.tolist()}"
 
