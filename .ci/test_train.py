@@ -59,15 +59,54 @@ def command(home, *args, launcher=(sys.executable,), **options):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_times_of_v_are_drawn_in_proportion_to_alpha_bar(prediction):
-    """Then the mean square error of v is that of eps at even times, for it is alpha_bar_t times as large there."""
+def test_times_of_v_are_drawn_in_proportion_to_the_signal(prediction):
+    """sqrt(alpha_bar_t) for v, and all times alike for eps."""
     B, betas = 4000, torch.tensor([0.1, 0.3, 0.5, 0.9])
     config = dict(model="ddpm", prediction=prediction, seed=0, batch_size=B, timesteps=4, chars=None)
     diffusion = train.ddpm.GaussianDiffusion(betas, prediction)
     _, t, _ = train.batch(0, config, diffusion, torch.zeros(3, 1, 2, 2, dtype=torch.uint8), slice(B))
-    weight = {"eps": torch.ones(4), "v": torch.tensor([0.9, 0.63, 0.315, 0.0315])}[prediction]
+    weight = {"eps": torch.ones(4), "v": torch.tensor([0.9, 0.63, 0.315, 0.0315]).sqrt()}[prediction]
     share = torch.bincount(t, minlength=5)[1:] / B
     assert (share - weight / weight.sum()).abs().max() < 2 / B, f"shares of 1..4 are {share.tolist()}"
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 9), (8, 8), (32, 288)])
+def test_orthogonal_sets_singular_values_near_1_and_keeps_their_vectors(rows, columns):
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(5, n, rows))[0] for n in (rows, columns))
+    sigma = torch.logspace(0, -1, rows) * 7        # the last is 3.6 % of the norm, for 32
+    found = U.mT @ train.orthogonal(U * sigma @ V.mT) @ V
+    values = found.diagonal(dim1=1, dim2=2)
+    assert ((0.68 < values) & (values < 1.21)).all(), f"singular values {values.min():.3f} to {values.max():.3f}"
+    assert (found - values.diag_embed()).abs().max() < 1e-4
+
+
+def test_muon_is_torchs_own():
+    """Three steps on wide, tall and equal matrices; torch multiplies in bfloat16, with errors of a percent."""
+    torch.manual_seed(0)
+    shapes = [(6, 20), (6, 20), (20, 6), (8, 8), (8, 2, 3, 3), (64, 2, 3, 3)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    ours[-1].data = ours[-1].data.to(memory_format=torch.channels_last)
+    before = [w.detach().clone().flatten(1) for w in ours]
+    theirs = [torch.nn.Parameter(w.clone()) for w in before]
+    mine = train.Muon(ours, 0.1)
+    other = torch.optim.Muon(theirs, 0.1, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw",
+                             ns_steps=3)
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.flatten(1).clone()
+        mine.step(), other.step()
+    for a, b, start, shape in zip(ours, theirs, before, shapes):
+        moved, due = a.detach().flatten(1) - start, b.detach() - start
+        assert (moved - due).norm() < 0.03 * due.norm(), f"{shape}: off by {(moved - due).norm() / due.norm():.3f}"
+
+
+def test_every_weight_has_one_optimiser():
+    net = train.ddpm.UNet(1, 2, width=8, mults=(1, 2), attention=(1,))
+    muon, adam = ([id(p) for group in one.param_groups for p in group["params"]] for one in train.optimizers(net, 0.1))
+    assert sorted(muon + adam) == sorted(map(id, net.parameters()))
+    assert set(adam) == {id(p) for p in net.parameters() if p.ndim == 1}
 
 
 def run(home, *args):
@@ -110,8 +149,9 @@ def weights(out, name="checkpoint.pt"):
     """Everything in a checkpoint that must be equal, as one dict of tensors."""
     state = torch.load(out / name, weights_only=True)
     flat = {f"{part}.{k}": v for part in ("model", "ema") for k, v in state[part].items()}
-    for i, moments in state["optimizer"]["state"].items():
-        flat |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+    for kind, one in enumerate(state["optimizer"]):
+        for i, moments in one["state"].items():
+            flat |= {f"optimizer.{kind}.{i}.{k}": v for k, v in moments.items()}
     return flat | {"step": torch.tensor(state["step"])}
 
 
@@ -169,9 +209,9 @@ def test_two_processes_are_one(home, kind):
     run(home, *args, "--out", "one")
     said, err = torchrun(home, *args, "--out", "two")
     assert "batch 4" in said and said.count("->") == 1, said + err
-    # After one step Adam's first moment is a tenth of the clipped gradient. The weights would not do: Adam divides
-    # by the gradient's size, and so blows up the float error of those that should be 0.
-    one, two = ({k: v for k, v in weights(home / out).items() if k.endswith("exp_avg")} for out in ("one", "two"))
+    # After one step the optimisers' means are shares of the clipped gradient. The weights would not do: both divide
+    # by the gradient's size, and so blow up the float error of those that should be 0.
+    one, two = ({k: v for k, v in weights(home / out).items() if k.endswith((".mean", "exp_avg"))} for out in ("one", "two"))
     scale, worst = max(v.abs().max() for v in one.values()), max((one[k] - two[k]).abs().max() for k in one)
     assert one.keys() == two.keys() and scale > 0 and worst < 1e-5 * scale, (worst, scale)
 
