@@ -65,7 +65,7 @@ SETTINGS = ("model data steps batch_size lr seed timesteps schedule prediction v
             "levels size length width").split()
 
 # Network, batch, steps and peak learning rate by what is trained and where.
-UNET = {"cpu": dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=32, lr=5e-3, steps=4000),
+UNET = {"cpu": dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=32, lr=5e-3, steps=4500),
         "gpu": dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), batch_size=256, lr=5e-4, steps=50000)}
 TRANSFORMER = {"cpu": dict(width=128, depth=4, batch_size=16, lr=5e-3, steps=9000),
                "gpu": dict(width=512, depth=8, heads=8, dropout=0.1, batch_size=256, lr=1e-3, steps=20000)}
@@ -495,8 +495,8 @@ def batch(step, config, diffusion, train, part):
 
     So a run is the same however often it is stopped, and on any number of processes. The times are
     stratified, one in each of batch_size equal shares: the same mean loss with less noise. They are
-    uniform on 1..T but for v, whose error times alpha_bar_t is that of eps. Drawn in proportion to that
-    the largest t, which decide an image's coarsest features, come too seldom; sqrt(alpha_bar_t) lies between.
+    uniform on 1..T but for v, whose error times alpha_bar_t is that of eps: in proportion to 1/2 + alpha_bar_t
+    small t, where the bits are spent, come thrice as often as the largest, where the coarsest features are decided.
     """
     torch.manual_seed(config["seed"] * 1_000_003 + step)
     B, T, device = config["batch_size"], config["timesteps"], diffusion.device
@@ -508,7 +508,7 @@ def batch(step, config, diffusion, train, part):
     x0 = states(x0.to(device, non_blocking=True), config)
     share = (torch.arange(B, device=device) + torch.rand(1, device=device)) / B
     if config.get("prediction") == "v":
-        mass = diffusion.alpha_bar[1:].sqrt().float().to(device).cumsum(0)
+        mass = (0.5 + diffusion.alpha_bar[1:]).float().to(device).cumsum(0)
         t = torch.searchsorted(mass, share * mass[-1], right=True).clamp(max=T - 1) + 1
     else:
         t = (share * T).long().clamp(max=T - 1) + 1

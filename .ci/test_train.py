@@ -59,13 +59,13 @@ def command(home, *args, launcher=(sys.executable,), **options):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_times_of_v_are_drawn_in_proportion_to_the_signal(prediction):
-    """sqrt(alpha_bar_t) for v, and all times alike for eps."""
+def test_small_times_of_v_are_drawn_more_often(prediction):
+    """In proportion to 1/2 + alpha_bar_t for v, and all times alike for eps."""
     B, betas = 4000, torch.tensor([0.1, 0.3, 0.5, 0.9])
     config = dict(model="ddpm", prediction=prediction, seed=0, batch_size=B, timesteps=4, chars=None)
     diffusion = train.ddpm.GaussianDiffusion(betas, prediction)
     _, t, _ = train.batch(0, config, diffusion, torch.zeros(3, 1, 2, 2, dtype=torch.uint8), slice(B))
-    weight = {"eps": torch.ones(4), "v": torch.tensor([0.9, 0.63, 0.315, 0.0315]).sqrt()}[prediction]
+    weight = {"eps": torch.ones(4), "v": 0.5 + torch.tensor([0.9, 0.63, 0.315, 0.0315])}[prediction]
     share = torch.bincount(t, minlength=5)[1:] / B
     assert (share - weight / weight.sum()).abs().max() < 2 / B, f"shares of 1..4 are {share.tolist()}"
 
