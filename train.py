@@ -495,8 +495,9 @@ def batch(step, config, diffusion, train, part):
 
     So a run is the same however often it is stopped, and on any number of processes. The times are
     stratified, one in each of batch_size equal shares: the same mean loss with less noise. They are
-    uniform on 1..T but for v, whose error times alpha_bar_t is that of eps: in proportion to 1/2 + alpha_bar_t
-    small t, where the bits are spent, come thrice as often as the largest, where the coarsest features are decided.
+    uniform on 1..T but for v, where t is drawn in proportion to 1/2 + alpha_bar_t: the error of eps is alpha_bar_t
+    times that of v. So small t, where the bits are spent, come thrice as often as the largest, which decide the
+    coarsest features of an image.
     """
     torch.manual_seed(config["seed"] * 1_000_003 + step)
     B, T, device = config["batch_size"], config["timesteps"], diffusion.device
