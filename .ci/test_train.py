@@ -211,7 +211,8 @@ def test_two_processes_are_one(home, kind):
     assert "batch 4" in said and said.count("->") == 1, said + err
     # After one step the optimisers' means are shares of the clipped gradient. The weights would not do: both divide
     # by the gradient's size, and so blow up the float error of those that should be 0.
-    one, two = ({k: v for k, v in weights(home / out).items() if k.endswith((".mean", "exp_avg"))} for out in ("one", "two"))
+    one, two = ({k: v for k, v in weights(home / out).items() if k.endswith((".mean", "exp_avg"))}
+                for out in ("one", "two"))
     scale, worst = max(v.abs().max() for v in one.values()), max((one[k] - two[k]).abs().max() for k in one)
     assert one.keys() == two.keys() and scale > 0 and worst < 1e-5 * scale, (worst, scale)
 
