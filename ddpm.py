@@ -302,13 +302,17 @@ class GaussianDiffusion(nn.Module):
         prediction, _ = self._network(model, xt, t)
         return self._square_error(prediction, x0, noise, t)
 
-    def loss_vlb(self, model, x0, t=None, noise=None):
-        """T L_t, a one-sample estimate of L_0 + sum L_t; bits per dimension (B,), full gradient."""
-        t, noise, xt = self._noised(x0, t, noise)
-        return self.T * self.vlb_term(model, x0, xt, t, clip=False)
+    def loss_vlb(self, model, x0, t=None, noise=None, s=None):
+        """T L_t, a one-sample estimate of L_0 + sum L_t; bits per dimension (B,), full gradient.
 
-    def loss_hybrid(self, model, x0, t=None, noise=None):
-        """L_simple + 1e-3 T L_t, [N] eq. 16, (B,).
+        For a longer step s -> t it is T / (t - s) times its term: the bound of a strided chain.
+        """
+        t, noise, xt = self._noised(x0, t, noise)
+        t, s = self._times(x0, t, s)
+        return self.T * self.vlb_term(model, x0, xt, t, s, clip=False) / (t - s)
+
+    def loss_hybrid(self, model, x0, t=None, noise=None, s=None, vlb_weight=1e-3):
+        """L_simple + 1e-3 T L_t, [N] eq. 16, (B,); s as in loss_vlb, vlb_weight a number or (B,).
 
         The bound trains the variance alone (a fixed one not at all): the prediction stands behind a
         stop-gradient there, since the bound's steep weights would make the gradient of the mean noisy.
@@ -316,8 +320,8 @@ class GaussianDiffusion(nn.Module):
         t, noise, xt = self._noised(x0, t, noise)
         prediction, share = self._network(model, xt, t)
         frozen = prediction.detach() if share is None else torch.cat([prediction.detach(), share], dim=1)
-        vlb = self.vlb_term(lambda xt, t: frozen, x0, xt, t, clip=False)
-        return self._square_error(prediction, x0, noise, t) + 1e-3 * self.T * vlb
+        vlb = self.loss_vlb(lambda xt, t: frozen, x0, t, noise, s)
+        return self._square_error(prediction, x0, noise, t) + vlb_weight * vlb
 
     @torch.no_grad()
     def bits_per_dim(self, model, x0, steps=None, clip=True):

@@ -636,30 +636,35 @@ def test_simple_loss_is_the_square_error_of_the_prediction(chain, x0, seed, pred
 
 @given(chains(), arrays(), seeds, predictions, fractions)
 def test_vlb_loss_is_T_times_the_term(chain, eps, seed, prediction, f):
-    """loss_vlb = T L_t, nothing clipped; L_0 at t = 1."""
-    (betas, _, t), x0 = chain, data_on(256, eps.shape, seed)
-    xt = noised(betas, t, x0, eps)
-    right = term(betas, t - 1, t, x0, xt, guess(betas, t, xt, prediction), f)
-    equal(gaussian(betas, prediction, f).loss_vlb(network, x0, t, eps), len(betas) * right,
-          atol=1e-7, rtol=1e-6)                         # at t = 1 the decoder's, see above
+    """loss_vlb = T L_t, nothing clipped, L_0 at t = 1; of a step s -> t it is T / (t - s) times its term."""
+    (betas, s, t), x0 = chain, data_on(256, eps.shape, seed)
+    xt, diffusion = noised(betas, t, x0, eps), gaussian(betas, prediction, f)
+    for given, s in ((), t - 1), ((s,), s):
+        right = term(betas, s, t, x0, xt, guess(betas, t, xt, prediction), f)
+        equal(diffusion.loss_vlb(network, x0, t, eps, *given), len(betas) / (t - s) * right,
+              atol=1e-7, rtol=1e-6)                     # at s = 0 the decoder's, see above
 
 
-def losses_and_gradients(chain, shape, seed, prediction):
+def losses_and_gradients(chain, shape, seed, prediction, s=None, **weight):
     """Each of the three losses, with its gradients in the two halves of a learned network."""
     (betas, _, t), shape = chain, (*shape, 2)
     diffusion, x0 = gaussian(betas, prediction, "learned"), data_on(256, shape, seed)
-    for loss in (diffusion.loss_simple, diffusion.loss_vlb, diffusion.loss_hybrid):
+    for loss, extra in ((diffusion.loss_simple, {}), (diffusion.loss_vlb, dict(s=s)),
+                        (diffusion.loss_hybrid, dict(s=s, **weight))):
         halves = [normal(shape, seed + i).requires_grad_() for i in (1, 2)]
-        value = loss(lambda x, t: torch.cat(halves, 1), x0, t, normal(shape, seed))
+        value = loss(lambda x, t: torch.cat(halves, 1), x0, t, normal(shape, seed), **extra)
         yield value, *gradient(value, *halves)
 
 
-@given(chains(), shapes, seeds, predictions)
-def test_hybrid_loss_adds_a_thousandth_of_the_bound(chain, shape, seed, prediction):
-    """L_hybrid = L_simple + 1e-3 T L_t; the variance learns from the bound alone."""
-    (simple, _, none), (vlb, _, full), (hybrid, _, got) = losses_and_gradients(
-        chain, shape, seed, prediction)
-    equal((hybrid, got, none), (simple + 1e-3 * vlb, 1e-3 * full, 0.0), rtol=1e-8)
+@given(chains(), shapes, seeds, predictions, st.floats(0, 2))
+def test_hybrid_loss_adds_a_thousandth_of_the_bound(chain, shape, seed, prediction, weight):
+    """L_hybrid = L_simple + 1e-3 T L_t, or of another step and weight; the variance learns from the
+    bound alone."""
+    each = weight * torch.arange(shape[0])
+    for given, w in ({}, torch.tensor(1e-3)), (dict(s=chain[1], vlb_weight=each), each):
+        (simple, _, none), (vlb, _, full), (hybrid, _, got) = losses_and_gradients(
+            chain, shape, seed, prediction, **given)
+        equal((hybrid, got, none), (simple + w * vlb, column(w.expand(shape[0]), got) * full, 0.0), rtol=1e-8)
 
 
 @given(chains(), shapes, seeds, predictions)

@@ -90,7 +90,7 @@ def test_muon_is_torchs_own():
     before = [w.detach().clone().flatten(1) for w in ours]
     theirs = [torch.nn.Parameter(w.clone()) for w in before]
     mine = train.Muon(ours, 0.1)
-    other = torch.optim.Muon(theirs, 0.1, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw",
+    other = torch.optim.Muon(theirs, 0.1, momentum=0.9, weight_decay=0.0, adjust_lr_fn="match_rms_adamw",
                              ns_steps=3)
     for _ in range(3):
         for a, b in zip(ours, theirs):
