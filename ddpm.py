@@ -305,14 +305,15 @@ class GaussianDiffusion(nn.Module):
     def loss_vlb(self, model, x0, t=None, noise=None, s=None):
         """T L_t, a one-sample estimate of L_0 + sum L_t; bits per dimension (B,), full gradient.
 
-        For a longer step s -> t it is T / (t - s) times its term: the bound of a strided chain.
+        For a longer step s -> t it is T / (t - s) times its term: of a grid whose steps are drawn in
+        proportion to their length, a one-sample estimate of the grid's bound.
         """
         t, noise, xt = self._noised(x0, t, noise)
         t, s = self._times(x0, t, s)
         return self.T * self.vlb_term(model, x0, xt, t, s, clip=False) / (t - s)
 
     def loss_hybrid(self, model, x0, t=None, noise=None, s=None, vlb_weight=1e-3):
-        """L_simple + 1e-3 T L_t, [N] eq. 16, (B,); s as in loss_vlb, vlb_weight a number or (B,).
+        """L_simple + 1e-3 T L_t, [N] eq. 16, (B,); s as in loss_vlb, vlb_weight in place of 1e-3, a number or (B,).
 
         The bound trains the variance alone (a fixed one not at all): the prediction stands behind a
         stop-gradient there, since the bound's steep weights would make the gradient of the mean noisy.

@@ -545,6 +545,17 @@ def test_ends_of_the_range_are_exact_for_a_point_and_for_unit_data(chain, m):
     equal((small, large), tuple(backwards(betas, s, t, 1.0, m, c)[1] for c in (0.0, 1.0)))
 
 
+@given(chains(lowest=1), reals, st.floats(0, 2))
+def test_right_variance_lies_as_far_up_the_range_for_every_step(chain, m, c):
+    """Var[x_s | x_t] = beta_tilde + g (beta - beta_tilde), g = Var[x_0 | x_t] / (1 - alpha_bar_t)
+    whatever s is; x_0 ~ N(m, c)."""
+    betas, s, t = chain
+    small, large = (gaussian(betas, variance=f).p_reverse(network, torch.ones(1), t, s)[1].exp()
+                    for f in (0, 1))
+    g = backwards(betas, 0, t, 1.0, m, c)[1] / walk(betas, 0, t)[1]
+    equal(small + g * (large - small), backwards(betas, s, t, 1.0, m, c)[1])
+
+
 # ---------------------------------------------------------------- losses and bound
 
 @given(reals, st.floats(-8, 4), reals, st.floats(-8, 4))
@@ -727,14 +738,17 @@ def test_bits_per_dim_adds_the_three_parts(chain, shape, seed, f, clip, error):
     sampled(torch.cat(seen, 1), k * 0.5, v)
 
 
-@given(chains(), shapes, seeds, fractions)
+@given(grids(), shapes, seeds, fractions)
 def test_mean_of_the_vlb_loss_over_t_is_the_sum_of_the_terms(chain, shape, seed, f):
-    """(1 / T) sum over t of T L_t = L_0 + L_1 + ... : one random t is an unbiased estimate."""
-    betas, T, x0 = chain[0], len(chain[0]), data_on(256, shape, seed)
-    diffusion, model = gaussian(betas, variance=f), off_by(betas, x0, 0.1)
-    losses = torch.stack([diffusion.loss_vlb(model, x0, t) for t in range(1, T + 1)])
-    right = sum(term(betas, t - 1, t, x0, x0, x0 + 0.1, f) for t in range(1, T + 1))
-    equal(losses.mean(0), right, atol=1e-7, rtol=1e-5)                  # the same loss of digits
+    """(1 / T) sum over t of T L_t = L_0 + L_1 + ... : one random t is an unbiased estimate; and so
+    for the bound of a grid, whose steps count by their length."""
+    (betas, grid), x0 = chain, data_on(256, shape, seed)
+    T, diffusion, model = len(betas), gaussian(betas, variance=f), off_by(betas, x0, 0.1)
+    single = [diffusion.loss_vlb(model, x0, t) / T for t in range(1, T + 1)]
+    strided = [diffusion.loss_vlb(model, x0, t, s=s) * (t - s) / T for s, t in steps_of(grid)]
+    for losses, every in (single, range(1, T + 1)), (strided, grid):
+        right = sum(term(betas, s, t, x0, x0, x0 + 0.1, f) for s, t in steps_of(list(every)))
+        equal(sum(losses), right, atol=1e-7, rtol=1e-5)                 # the same loss of digits
 
 
 @given(chains(longest=5, beta=st.floats(0.05, 0.9)), reals, st.floats(0.05, 4), reals)
@@ -1016,7 +1030,7 @@ def alone_and_together(laws, s, t):
 @given(st.lists(rates, min_size=1, max_size=6), arrays(st.just((3, 2, 2))), seeds)
 def test_each_gaussian_example_has_its_own_time(betas, x, seed):
     """f(x, s, t)_i = f(x_i, s_i, t_i): no example sees another."""
-    x0, z = data_on(256, x.shape, seed), normal(x.shape, seed)
+    x0, z, weight = data_on(256, x.shape, seed), normal(x.shape, seed), torch.tensor([0.1, 0.2, 0.4])
     d = gaussian(betas, variance="learned")
 
     def model(x, t):
@@ -1028,7 +1042,7 @@ def test_each_gaussian_example_has_its_own_time(betas, x, seed):
                 *d.q_posterior(a, b, t, s), d.predict_x0(b, t, c), d.predict_eps(b, t, a),
                 d.predict_v(a, c, t), d.score(model, b, t), *d.p_reverse(model, b, t, s),
                 d.vlb_term(model, a, b, t, s), d.loss_simple(model, a, t, c),
-                d.loss_vlb(model, a, t, c), d.loss_hybrid(model, a, t, c),
+                d.loss_vlb(model, a, t, c, s), d.loss_hybrid(model, a, t, c, s, weight[i]),
                 *d.p_sample(model, b, t, s, c), *d.p_sample(model, b, t, s, c, eta=0.5))
 
     equal(*alone_and_together(laws, *own_times(len(betas), seed)), atol=1e-12)

@@ -67,7 +67,7 @@ SETTINGS = ("model data steps batch_size lr seed timesteps schedule prediction v
             "levels size length width").split()
 
 # Network, batch, steps and peak learning rate by what is trained and where.
-UNET = {"cpu": dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=24, lr=5e-3, steps=6000),
+UNET = {"cpu": dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=24, lr=5e-3, steps=6300),
         "gpu": dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), batch_size=256, lr=5e-4, steps=50000)}
 TRANSFORMER = {"cpu": dict(width=128, depth=4, batch_size=16, lr=5e-3, steps=9000),
                "gpu": dict(width=512, depth=8, heads=8, dropout=0.1, batch_size=256, lr=1e-3, steps=20000)}
@@ -527,11 +527,11 @@ def objective(config, diffusion, model, x0, t, noise):
     if config["model"] == "ddpm":
         if config["variance"] != "learned":
             return diffusion.loss_simple(model, x0, t, noise)
-        # The variance is fitted to steps of the length that --eval and --sample take. The bound's pull on it is the
-        # square of log(beta / beta_tilde), which falls as 1 / t^2: unweighted, it would stay as it began but near 0.
+        # Steps as long as those of --eval. The slope of the bound in f goes as log(beta / beta_tilde)^2, about 1 / t^2:
+        # under one weight f would be learnt at small t alone. So it rises from the paper's 1e-3 to about 1.
         T = config["timesteps"]
-        s = (t - math.ceil(T / 100)).clamp(min=0)
-        return diffusion.loss_hybrid(model, x0, t, noise, s, 1e-3 * (1 + (33 * t / T) ** 2))
+        s = (t - math.ceil(T / 100)).clamp(min=1).minimum(t - 1)
+        return diffusion.loss_hybrid(model, x0, t, noise, s, 1e-3 + (t / T) ** 2)
     simple = config["transition"] == "uniform" and config["reverse"] == "conditional"
     return (diffusion.loss_simple if simple else diffusion.loss_vlb)(model, x0, t, noise)
 

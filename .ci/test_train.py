@@ -17,6 +17,7 @@ import struct
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +108,16 @@ def test_every_weight_has_one_optimiser():
     muon, adam = ([id(p) for group in one.param_groups for p in group["params"]] for one in train.optimizers(net, 0.1))
     assert sorted(muon + adam) == sorted(map(id, net.parameters()))
     assert set(adam) == {id(p) for p in net.parameters() if p.ndim == 1}
+
+
+@pytest.mark.parametrize("T, stride", [(1, 1), (50, 1), (1000, 10), (1001, 11)])
+def test_variance_is_trained_for_the_steps_of_a_hundred_and_at_every_time(T, stride):
+    """Steps as long as T / 100, but s = 0 from t = 1 alone, as on every grid; weight 0.001 + (t / T)^2."""
+    t = torch.arange(1, T + 1)
+    seen = SimpleNamespace(loss_hybrid=lambda model, x0, t, noise, s, weight: (s, weight))
+    s, weight = train.objective(dict(model="ddpm", variance="learned", timesteps=T), seen, None, None, t, None)
+    assert s.tolist() == [0, *(max(1, i - stride) for i in range(2, T + 1))]
+    torch.testing.assert_close(weight, torch.tensor([0.001 + (i / T) ** 2 for i in range(1, T + 1)]))
 
 
 def run(home, *args):
