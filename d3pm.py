@@ -1,26 +1,32 @@
 """Denoising diffusion on categories, in one file that needs only torch.
 
     q(x_t | x_s) = Cat(x_s Q_{s->t})            rows of Q_{s->t} = Q_{s+1} ... Q_t sum to 1       data -> noise
-    p(x_s | x_t)   from the network's guess p(x_0 | x_t)                                        noise -> data
+    p(x_s | x_t) ~ sum over x_0 of q(x_s, x_t | x_0) p~(x_0),  0 <= s < t                       noise -> data
     -log p(x_0) <= KL(q(x_T|x_0) || p(x_T)) + sum_{t>1} KL(q(x_s|x_t,x_0) || p(x_s|x_t)) - log p(x_0|x_1)
                    ------- L_T ----------   ------------------ L_t -------------------   ---- L_0 -----
+
+The network gives p~(x_0), what the other places tell of x_0 (each place has its own noise, so they do not
+tell how x_t came about). Bayes' rule adds what x_t itself tells, q(x_t | x_0). That is the whole reverse process, at
+s = 0 too, where it reads p(x_0 | x_t) ~ q(x_t | x_0) p~(x_0).
 
 The bound is that of ddpm.py; only the noise differs: pixels or characters are redrawn, or masked.
 L_t is the term of the step down from t, which the papers call L_{t-1}; that of t = 1 is L_0.
 
 [A] Austin et al. 2021, arXiv 2107.03006       [Ho] Hoogeboom et al. 2021, 2102.05379
-[U] Uria et al. 2014, 1310.1757 (any order)    [P] Peebles & Xie 2023, 2212.09748 (adaptive norm)
+[U] Uria et al. 2014, 1310.1757 (any order)    [P] Peebles & Xie 2023, 2212.09748 (DiT, adaLN-Zero)
+[G] Ho & Salimans 2022, 2207.12598 (guidance)
 
 x0, xt        data and its noised version, int64 (B, ...) in 0..K-1
 t, s          times, an int or int64 (B,), 0 <= s < t <= T; 0 is clean and T is noise
 Q_{s->t}      (K, K); row i is q(x_t = . | x_s = i). Q_t is Q_{t-1->t}, Q_bar_t is Q_{0->t}
-model         any callable model(xt, t) -> logits (..., K) of x_0
+model         any callable model(xt, t) -> logits (..., K) of p~(x_0)
 
 Every law is written for a step s -> t of any length, s = t - 1 when left out, so that a strided
 chain is the same code on fewer times. Probabilities are exact: zero is zero, and its log is -inf.
 Logs are natural; bounds and losses leave in bits per dimension, (B,).
 """
 import math
+import operator
 
 import torch
 from torch import nn
@@ -38,9 +44,15 @@ def cosine_betas(T):
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
-def linear_betas(T, start=0.02, stop=1.0):
-    """beta_t from start to stop in equal steps, [A] section 3.2 -> (T,) float64; for discretised Gaussian noise."""
-    return torch.linspace(start, stop, T, dtype=torch.float64)
+def linear_betas(T, start=None, stop=None):
+    """beta_t in equal steps -> (T,) float64; for discretised Gaussian noise.
+
+    From 0.1 / T to 20 / T, at most 1: the 1e-4..0.02 at T = 1000 of [A]'s image experiments, as destructive at
+    other T. Or between the ends that are given, as they are.
+    """
+    betas = torch.linspace(0.1 / T if start is None else start, 20 / T if stop is None else stop, T,
+                           dtype=torch.float64)
+    return betas.clamp(max=1) if stop is None else betas
 
 
 def mutual_information_betas(T):
@@ -48,7 +60,7 @@ def mutual_information_betas(T):
     return 1 / torch.arange(T, 0, -1, dtype=torch.float64)
 
 
-# ---------------------------------------------------------------- tables, times, rows
+# ---------------------------------------------------------------- tables, times, logs
 
 def _table(values):
     """float64 on the CPU in one move: mps has no float64."""
@@ -64,15 +76,24 @@ def _betas(betas):
 
 
 def _check_times(T, s, t, gap=0):
-    """ValueError unless 0 <= s <= t - gap and t <= T; s None is t - 1. What is on an accelerator is not read."""
-    times = [time if isinstance(time, torch.Tensor) else torch.tensor(time, device="cpu")
-             for time in (t, t - 1 if s is None else s)]
-    if any(time.dtype != torch.int64 or time.ndim > 1 for time in times):
-        raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}")
-    late, early = (time if time.device.type == "cpu" else torch.tensor(bound, device="cpu")
-                   for time, bound in zip(times, (T, 0)))
-    if not ((0 <= early) & (early <= late - gap) & (late <= T)).all():
+    """s (None: t - 1) and t as ints or tensors; ValueError unless 0 <= s <= t - gap and t <= T."""
+    times = []
+    for time in (t - 1 if s is None else s, t):
+        if not isinstance(time, torch.Tensor):
+            try:
+                time = operator.index(time)
+            except TypeError:
+                raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}") from None
+        elif time.dtype != torch.int64 or time.ndim > 1:
+            raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}")
+        times.append(time)
+    # Times on an accelerator are not checked: reading them would wait for it.
+    early, late = (time if isinstance(time, int) or time.device.type == "cpu" else bound
+                   for time, bound in zip(times, (0, T)))
+    legal = torch.as_tensor((0 <= early) & (early <= late - gap) & (late <= T), device="cpu")
+    if not legal.all():
         raise ValueError(f"need {gap} <= t <= T = {T} and 0 <= s < t, got t = {t}, s = {s}")
+    return times
 
 
 def _to(coefficient, x):
@@ -80,16 +101,14 @@ def _to(coefficient, x):
     return coefficient.to(x.dtype).to(x.device)
 
 
-def _pick(Q, x):
-    """Row x of Q (B, K, K) or (1, K, K), for int x (B, ...) -> (B, ..., K)."""
-    return Q[torch.arange(len(Q), device=x.device).reshape(-1, *[1] * (x.ndim - 1)), x].reshape(*x.shape, -1)
+def _default(table, x):
+    """A float64 table in the default dtype on x's device."""
+    return table.to(torch.get_default_dtype()).to(x.device)
 
 
-def _spread(shared, x, extra, K):
-    """(..., K) in the default dtype: `shared` everywhere, and `extra` more at state x."""
-    like, at = torch.empty(0, device=x.device), x[..., None]
-    shared = _to(shared, like).expand(*x.shape, K)
-    return shared.scatter(-1, at, shared.gather(-1, at) + _to(extra, like))
+def _log(p):
+    """log p, and -inf with gradient 0 where p is 0."""
+    return torch.where(p > 0, torch.where(p > 0, p, 1.0).log(), -math.inf)
 
 
 def _logaddexp(a, b):
@@ -97,12 +116,27 @@ def _logaddexp(a, b):
     return torch.where(b == -math.inf, a, torch.logaddexp(a, b.clamp(min=-1e30)))
 
 
+def _put(shared, x, value):
+    """(..., K): `shared` (..., K) or (K,), but `value` (...) at state x (...)."""
+    return shared.expand(*x.shape, -1).scatter(-1, x[..., None], value[..., None])
+
+
+def _pick(Q, x):
+    """Row x of Q (B, K, K) or (1, K, K), for int x (B, ...) -> (B, ..., K)."""
+    return Q[torch.arange(len(Q), device=x.device).reshape(-1, *[1] * (x.ndim - 1)), x].reshape(*x.shape, -1)
+
+
+def categorical(p):
+    """A draw from probabilities (..., K) -> int64 (...)."""
+    return torch.multinomial(p.flatten(0, -2), 1).reshape(p.shape[:-1])
+
+
 # ---------------------------------------------------------------- transitions: what the noise does
 
 class Transition(nn.Module):
     """What both kinds share: T, K, the stationary distribution (K,), and tables that stay float64.
 
-    They follow .to(device), but not .half(), and they wait on the CPU for mps, which has no float64.
+    They follow .to(device), but not .half(), and they stay on the CPU for mps, which has no float64.
     """
 
     def __init__(self, **tables):
@@ -122,12 +156,8 @@ class Transition(nn.Module):
 
     def sample_prior(self, shape):
         """x_T drawn from the stationary distribution, int64 of the given shape."""
-        pi = self.stationary.to(torch.get_default_dtype()).to(self.device)
-        return torch.multinomial(pi, math.prod(shape), replacement=True).reshape(shape)
-
-    def log_columns(self, x, s, t):
-        """The log of columns."""
-        return self.columns(x, s, t).log()
+        pi, n = self.stationary.to(torch.get_default_dtype()).to(self.device), math.prod(shape)
+        return torch.multinomial(pi, max(n, 1), replacement=True)[:n].reshape(shape)
 
 
 class MixingTransition(Transition):
@@ -157,14 +187,19 @@ class MixingTransition(Transition):
 
         s None is t - 1. 0 / 0 is 0, except at s = t: the identity.
         """
-        _check_times(self.T, s, t)
-        s = t - 1 if s is None else s
-        s, t = (time.to(self.log_alpha_bar.device) if isinstance(time, torch.Tensor) else time for time in (s, t))
+        s, t = (time.to(self.log_alpha_bar.device) if isinstance(time, torch.Tensor) else time
+                for time in _check_times(self.T, s, t))
         log_a = self.log_alpha_bar[t] - self.log_alpha_bar[s]
         lost = log_a.isnan()
         log_a = log_a.masked_fill(lost & (s != t), -math.inf).masked_fill(lost & (s == t), 0.0)
         log_a = log_a.reshape(log_a.shape + (1,) * ndim) if log_a.ndim else log_a
         return log_a.exp(), -torch.expm1(log_a)
+
+    def _mix_at(self, x, s, t):
+        """b = 1 - a, b pi[x] and a + b pi[x], float64: what the rows and columns at int x are made of."""
+        a, b = self.mix(s, t, x.ndim - 1)
+        at_x = b * self.stationary[x.to(b.device)]
+        return b, at_x, a + at_x
 
     def matrix(self, s, t):
         """Q_{s->t} for ints s <= t, (K, K) float64."""
@@ -176,43 +211,59 @@ class MixingTransition(Transition):
         if x.is_floating_point():
             a, b = self.mix(s, t, x.ndim - 1)
             return _to(a, x) * x + _to(b * self.stationary, x) * x.sum(-1, keepdim=True)
-        a, b = self.mix(s, t, x.ndim)
-        return _spread(b * self.stationary, x, a, self.K)
-
-    def columns(self, x, s, t):
-        """q(x_t = x | x_s = k) for every k: the likelihood of each state, x int (...) -> (..., K)."""
-        a, b = self.mix(s, t, x.ndim)
-        return _spread(b * self.stationary[x.to(b.device)][..., None], x, a, self.K)
+        b, _, same = self._mix_at(x, s, t)
+        return _put(_default(b[..., None] * self.stationary, x), x, _default(same, x))
 
     def log_rows(self, x, s, t):
-        """The log of rows, for int x (...) or log-probabilities x (..., K); small ones do not underflow."""
+        """The log of rows, for int x (...) or log-probabilities x (..., K), added as logs: nothing underflows."""
         if not x.is_floating_point():
             return self.rows(x, s, t).log()
         a, b = self.mix(s, t, x.ndim - 1)
         return _logaddexp(_to(a.log(), x) + x, _to((b * self.stationary).log(), x))
 
-    def posterior_kl(self, log_guess, x0, xt, s, t):
-        """KL of q(x_s|x_t,x_0) from the same with a guess (..., K) for x_0, in nats (...), 0 < s, no pi 0.
+    def columns(self, x, s, t):
+        """q(x_t = x | x_s = k) for every k: the likelihood of each state, x int (...) -> (..., K)."""
+        _, other, same = self._mix_at(x, s, t)
+        return _put(_default(other, x)[..., None].expand(*x.shape, self.K), x, _default(same, x))
 
-        Both are the likelihood of x_t times something: r = q(x_s|x_0), and u, its mean over the guess. In the
-        logarithm the likelihood cancels: KL = E_q[log r - log u] + log(Z_u / Z_r), Z the normalisers. And only x_0
-        and x_t differ from the other states, so that E_q is a mean under pi and two terms: one pass over K.
+    def log_columns(self, x, s, t):
+        """The log of columns, with a log for each place and not for each of its K states."""
+        _, other, same = self._mix_at(x, s, t)
+        return _put(_default(other.log(), x)[..., None].expand(*x.shape, self.K), x, _default(same.log(), x))
+
+    def log_entry(self, x, xt, s, t):
+        """log q(x_t = xt | x_s = x) for int x (...), or of its mean over log-probabilities x (..., K) of x_s -> (...)."""
+        a, b = self.mix(s, t, xt.ndim - 1)
+        redrawn = b * self.stationary[xt.to(b.device)]
+        if not x.is_floating_point():
+            return _default((a * (x == xt).to(a.device) + redrawn).log(), x)
+        return _logaddexp(_to(a.log(), x) + x.gather(-1, xt[..., None])[..., 0], _to(redrawn.log(), x))
+
+    def posterior_kl(self, x0, log_guess, xt, s, t):
+        """KL of q(x_s|x_t,x_0) from the same with a guess (..., K) for x_0, in nats (...). Needs all of pi above 0.
+
+        Both are q(x_t|x_s) times something: r = q(x_s|x_0), and u, its mean over the guess. In the logarithm
+        q(x_t|x_s) cancels: KL = E_q[log r - log u] + log(Z_u / Z_r), Z the normalisers. And only x_0 and x_t
+        differ from the other states, so that E_q is a mean under pi and two terms: one pass over K.
         """
         coefficients = *self.mix(0, s, x0.ndim - 1), *self.mix(s, t, x0.ndim - 1)
         (a, b, c, d), pi = (_to(v, log_guess) for v in coefficients), _to(self.stationary, log_guess)
-        u = a[..., None] * log_guess.exp() + b[..., None] * pi
-        u0, ut = (u.gather(-1, x[..., None])[..., 0] for x in (x0, xt))
-        r0, rt = a + b * pi[x0], a * (x0 == xt) + b * pi[xt]
-        f0, ft = (r0 / u0).log(), (rt / ut).log()
-        mean_f = b.log() + (pi * pi.log()).sum() + pi[x0] * (r0 / (b * pi[x0])).log() - u.log() @ pi
-        redrawn, Z = d * pi[xt], d * pi[xt] + c * rt
-        return (redrawn * (a * f0 + b * mean_f) + c * rt * ft) / Z + ((redrawn + c * ut) / Z).log()
+        log_u0, log_ut = (self.log_entry(log_guess, x, 0, s) for x in (x0, xt))
+        pi0, r0, rt = b * pi[x0], a + b * pi[x0], a * (x0 == xt) + b * pi[xt]
+        # At s = 0 u is the guess itself and may underflow, but b = 0 and only u0 and ut count.
+        u = a[..., None] * log_guess.exp() + b[..., None] * pi + torch.finfo(log_guess.dtype).tiny
+        # The sum over k of b pi_k (log r_k - log u_k), where r_k = b pi_k but for x_0.
+        mean = (torch.xlogy(b, b) + b * torch.xlogy(pi, pi).sum() + pi0 * r0.log() - torch.xlogy(pi0, pi0)
+                - b * (u.log() @ pi))
+        redrawn = d * pi[xt]
+        Z, log_Z_u = redrawn + c * rt, _logaddexp(c.log() + log_ut, redrawn.log())
+        return (redrawn * (a * (r0.log() - log_u0) + mean) + c * (torch.xlogy(rt, rt) - rt * log_ut)) / Z \
+            + log_Z_u - Z.log()
 
     def draw(self, x, s, t):
         """A draw of q(x_t | x_s = x), int64 (...), at O(1) a place."""
         _, b = self.mix(s, t, x.ndim - 1)
-        return torch.where(torch.rand(x.shape, device=x.device) < _to(b, torch.empty(0, device=x.device)),
-                           self.sample_prior(x.shape), x)
+        return torch.where(torch.rand(x.shape, device=x.device) < _default(b, x), self.sample_prior(x.shape), x)
 
 
 class DenseTransition(Transition):
@@ -228,17 +279,17 @@ class DenseTransition(Transition):
             raise ValueError(f"matrices must be (T, K, K), got {tuple(Q.shape)}")
         if not ((Q >= 0).all() and ((Q.sum(-1) - 1).abs() < 1e-6).all()):
             raise ValueError("each row of each matrix must be probabilities that sum to 1")
-        eye = torch.eye(Q.shape[1], dtype=Q.dtype)
-        Q_bar = torch.cat([eye[None], Q])
-        for t in range(2, len(Q_bar)):
-            Q_bar[t] = Q_bar[t - 1] @ Q_bar[t]
+        Q = torch.cat([torch.eye(Q.shape[1], dtype=Q.dtype)[None], Q])
+        Q_bar = Q.clone()
+        for t in range(2, len(Q)):
+            Q_bar[t] = Q_bar[t - 1] @ Q[t]
         pi = Q_bar[-1].mean(0) if stationary is None else _table(stationary)
-        super().__init__(Q=torch.cat([eye[None], Q]), Q_bar=Q_bar, stationary=pi)
-        self.T, self._products = len(Q), {}
+        super().__init__(Q=Q, Q_bar=Q_bar, stationary=pi)
+        self.T, self._products = len(Q) - 1, {}
 
     def matrix(self, s, t):
         """Q_{s->t} = Q_{s+1} ... Q_t for ints s <= t, (K, K) float64."""
-        _check_times(self.T, s, t)
+        s, t = _check_times(self.T, s, t)
         if s == 0 or s == t:
             return self.Q_bar[t - s]
         if s == t - 1:
@@ -249,43 +300,65 @@ class DenseTransition(Transition):
             self._products[s, t, self.device] = torch.linalg.multi_dot(list(self.Q[s + 1:t + 1]))
         return self._products[s, t, self.device]
 
-    def _gather(self, x, s, t):
-        """Q_{s->t} in x's dtype, (1, K, K) or (B, K, K). s None is t - 1; other tensors of times are read back."""
-        if isinstance(t, int) and (s is None or isinstance(s, int)):
-            Q = self.matrix(t - 1 if s is None else s, t)[None]
-        elif s is None or isinstance(s, int) and s == 0:
-            _check_times(self.T, s, t)
-            Q = (self.Q if s is None else self.Q_bar)[t.to(self.Q.device)]
-        else:
-            pairs = torch.stack(torch.broadcast_tensors(*map(torch.as_tensor, (s, t))), dim=-1).reshape(-1, 2).tolist()
-            Q = torch.stack([self.matrix(s, t) for s, t in pairs])
-        return Q.to(x.dtype if x.is_floating_point() else torch.get_default_dtype()).to(x.device)
+    def _matrices(self, s, t):
+        """Q_{s->t} for each example, float64 (B, K, K), or (1, K, K) for ints.
+
+        s None is t - 1. A tensor t with a tensor s is read back, and waits for an accelerator.
+        """
+        times = _check_times(self.T, s, t)
+        if isinstance(times[0], int) and isinstance(times[1], int):
+            return self.matrix(*times)[None]
+        if s is None:
+            return self.Q[t.to(self.Q.device)].reshape(-1, self.K, self.K)
+        if isinstance(s, int) and s == 0:
+            return self.Q_bar[t.to(self.Q.device)].reshape(-1, self.K, self.K)
+        pairs = torch.stack(torch.broadcast_tensors(*map(torch.as_tensor, times)), dim=-1).reshape(-1, 2).tolist()
+        return torch.stack([self.matrix(s, t) for s, t in pairs])
 
     def rows(self, x, s, t):
         """q(x_t | x_s = x) for int x (...); x Q_{s->t} for probabilities x (..., K) -> (..., K)."""
-        Q = self._gather(x, s, t)
-        return (x.reshape(len(Q), -1, self.K) @ Q).reshape(x.shape) if x.is_floating_point() else _pick(Q, x)
-
-    def columns(self, x, s, t):
-        """q(x_t = x | x_s = k) for every k: the likelihood of each state, x int (...) -> (..., K)."""
-        return _pick(self._gather(x, s, t).mT, x)
+        Q = self._matrices(s, t)
+        if x.is_floating_point():
+            return (x.reshape(len(Q), -1, self.K) @ _to(Q, x)).reshape(x.shape)
+        return _pick(_default(Q, x), x)
 
     def log_rows(self, x, s, t):
         """The log of rows, for int x (...) or log-probabilities x (..., K).
 
-        What stays in its state is added as logs, so that no state the noise can reach ends at -inf.
+        Where the sum over those underflows, what stays in its state still counts, as a log; and a state where nothing
+        stays gets the smallest of floats, if the noise reaches it at all. So nothing that can be ends at -inf.
         """
+        Q = self._matrices(s, t)
         if not x.is_floating_point():
-            return self.rows(x, s, t).log()
-        Q = self._gather(x, s, t)
-        stay = Q.diagonal(dim1=-2, dim2=-1)
-        moved = (x.exp().reshape(len(Q), -1, self.K) @ (Q - torch.diag_embed(stay))).reshape(x.shape)
-        log_moved = torch.where(moved > 0, torch.where(moved > 0, moved, 1.0).log(), -math.inf)
-        return _logaddexp(log_moved, x + stay.log().reshape(-1, *[1] * (x.ndim - 2), self.K))
+            return _pick(_default(Q.log(), x), x)
+        if s == 0 and isinstance(t, int) and t == 0:
+            return x
+        stay = Q.diagonal(dim1=-2, dim2=-1)[:, None]
+        least = 1e8 * torch.finfo(x.dtype).tiny * ((stay == 0) & (Q.sum(-2, keepdim=True) > 0))
+        log_p = x.reshape(len(Q), -1, self.K)
+        total = torch.baddbmm(_to(least, x), log_p.exp().expand(len(Q), -1, -1), _to(Q, x))
+        return torch.maximum(_log(total), log_p + _to(stay.log(), x)).reshape(x.shape)
+
+    def columns(self, x, s, t):
+        """q(x_t = x | x_s = k) for every k: the likelihood of each state, x int (...) -> (..., K)."""
+        return _pick(_default(self._matrices(s, t), x).mT, x)
+
+    def log_columns(self, x, s, t):
+        """The log of columns, taken in float64, where far states have not yet underflowed."""
+        return _pick(_default(self._matrices(s, t).log(), x).mT, x)
+
+    def log_entry(self, x, xt, s, t):
+        """log q(x_t = xt | x_s = x) for int x (...), or of its mean over log-probabilities x (..., K) of x_s -> (...)."""
+        log_columns = self.log_columns(xt, s, t)
+        if x.is_floating_point():
+            return (log_columns + x).logsumexp(-1)
+        return log_columns.gather(-1, x[..., None])[..., 0]
 
     def draw(self, x, s, t):
-        """A draw of q(x_t | x_s = x), int64 (...)."""
-        return categorical(self.log_rows(x, s, t))
+        """A draw of q(x_t | x_s = x), int64 (...), by its distribution function: faster than torch.multinomial."""
+        below = self.rows(x, s, t).cumsum(-1)
+        share = torch.rand(x.shape, dtype=below.dtype, device=x.device)[..., None] * below[..., -1:]
+        return (below <= share).sum(-1)
 
 
 def uniform_transition(K, betas):
@@ -334,11 +407,6 @@ def neighbour_transition(embeddings, betas, k):
     return DenseTransition(Q / Q.sum(-1, keepdim=True))
 
 
-def categorical(log_p):
-    """A draw from log-probabilities (..., K) -> int64 (...)."""
-    return torch.multinomial(log_p.exp().flatten(0, -2), 1).reshape(log_p.shape[:-1])
-
-
 def truncated_logistic(mean, log_scale, K):
     """Log-probabilities (..., K) of a logistic cut into K bins and renormalised, [A] appendix A.8.
 
@@ -355,25 +423,16 @@ def truncated_logistic(mean, log_scale, K):
 class D3PM(nn.Module):
     """The chain and its laws over a transition family. It holds no network.
 
-    reverse   how p(x_s|x_t) comes from the network's p(x_0|x_t):
-      "joint"        proportional to the sum over x_0 of q(x_s, x_t|x_0) p(x_0|x_t), [A] eq. 4. x_t enters twice, so
-                     it is exact for p(x_0|x_t) / q(x_t|x_0), what the other places say of x_0
-      "conditional"  the sum over x_0 of q(x_s|x_t,x_0) p(x_0|x_t): exact when p(x_0|x_t) is, so that the bound and
-                     the cross-entropy want the same network
-    For masks the two are one. Dense families allow only "joint", as q(x_t|x_0) underflows there: ValueError.
+    The network's p~(x_0) is what the other places tell of x_0. The reverse process is then exact for the leave-one-out
+    denoiser, whose logits are log p(x_0 | x_t) - log q(x_t | x_0) up to a constant: see p_reverse.
 
-    ValueError too for a time outside 1..T or a state outside 0..K-1 (for data: the mask), unless it is in a
-    tensor on an accelerator: reading it would stall the device.
+    ValueError for a time outside 1..T or a state outside 0..K-1 (for data: the mask), but not on an accelerator,
+    to avoid waiting for it.
     """
 
-    def __init__(self, transition, reverse="joint"):
+    def __init__(self, transition):
         super().__init__()
-        if reverse not in ("joint", "conditional"):
-            raise ValueError(f'reverse must be "joint" or "conditional", got {reverse!r}')
-        if reverse == "conditional" and isinstance(transition, DenseTransition):
-            raise ValueError('reverse="conditional" divides by q(x_t|x_0), which underflows in a dense family: '
-                             'use reverse="joint"')
-        self.transition, self.reverse, self.T, self.K = transition, reverse, transition.T, transition.K
+        self.transition, self.T, self.K = transition, transition.T, transition.K
 
     @property
     def device(self):
@@ -393,11 +452,11 @@ class D3PM(nn.Module):
 
     def _times(self, x, t, s=None):
         """t and s (None: t - 1) as int64 (B,) on x's device."""
-        _check_times(self.T, s, t, gap=1)
+        s, t = _check_times(self.T, s, t, gap=1)
         if any(isinstance(time, torch.Tensor) and time.shape not in ((), x.shape[:1]) for time in (t, s)):
             raise ValueError(f"a time is an int or int64 (B,) = {tuple(x.shape[:1])}, got t = {t}, s = {s}")
         return [time.to(x.device).expand(len(x)) if isinstance(time, torch.Tensor)
-                else torch.full(x.shape[:1], time, device=x.device) for time in (t, t - 1 if s is None else s)]
+                else torch.full(x.shape[:1], time, device=x.device) for time in (t, s)]
 
     # -------- forward process q
 
@@ -428,39 +487,37 @@ class D3PM(nn.Module):
 
     # -------- reverse process p
 
-    def _predict(self, model, xt, t):
-        """Log-probabilities of p(x_0 | x_t), (B, ..., K), from one call of the network.
-
-        With masks, x_t itself tells much: no x_0 is the mask, and a place that is not masked is x_0.
-        """
+    def _guess(self, model, xt, t):
+        """log p~(x_0), what the other places tell, (B, ..., K): the softmax of the logits, and never the mask."""
         logits = model(self._states(xt, data=False), self._times(xt, t)[0])
         if logits.shape != (*xt.shape, self.K):
             raise ValueError(f"the network must return logits {(*xt.shape, self.K)}, got {tuple(logits.shape)}")
-        logits, mask = logits.to(torch.promote_types(logits.dtype, torch.float32)), self.transition.mask
-        if mask is None:
-            return logits.log_softmax(-1)
-        states = torch.arange(self.K, device=xt.device)
-        masked, known = (xt == mask)[..., None], xt[..., None] == states
-        return logits.masked_fill(torch.where(masked, states == mask, ~known), -math.inf).log_softmax(-1)
-
-    def _guess(self, log_p0, xt, t):
-        """What the reverse step averages q(x_s | x_t, x_0) over, log-probabilities of x_0."""
-        if self.reverse == "joint":
-            return log_p0
-        likelihood = self.transition.log_columns(xt, 0, t)
-        return (log_p0 - likelihood.masked_fill(likelihood == -math.inf, 0.0)).log_softmax(-1)
-
-    def _reverse(self, log_p0, xt, t, s):
-        """Log-probabilities of p(x_s | x_t) from those of p(x_0 | x_t)."""
-        settled = self._times(xt, t, s)[1].reshape(-1, *[1] * (xt.ndim - 1)) == 0
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.transition.mask is not None:
-            # A place without a mask stays as it is, even a known one, at times when q would have masked it.
-            settled = settled | (xt != self.transition.mask)
-        return torch.where(settled[..., None], log_p0, self.q_posterior(self._guess(log_p0, xt, t), xt, t, s))
+            logits = logits.masked_fill(torch.arange(self.K, device=xt.device) == self.transition.mask, -math.inf)
+        return logits.log_softmax(-1)
+
+    def _reverse(self, log_guess, xt, t, s=None):
+        """p_reverse from log p~(x_0)."""
+        log_p = self.q_posterior(log_guess, xt, t, s)
+        if self.transition.mask is None:
+            return log_p
+        # By Bayes' rule a place that is not masked is x_0. Said outright for a known place at a time when q would have
+        # masked it for sure.
+        return torch.where((xt == self.transition.mask)[..., None], log_p, _log(F.one_hot(xt, self.K).to(log_p)))
+
+    def p_x0(self, model, xt, t):
+        """Log-probabilities of p(x_0 | x_t) ~ q(x_t | x_0) p~(x_0), (B, ..., K): p_reverse down to s = 0."""
+        return self._reverse(self._guess(model, xt, t), xt, t, 0)
 
     def p_reverse(self, model, xt, t, s=None):
-        """Log-probabilities of p(x_s | x_t), [A] eq. 4, (B, ..., K); at s = 0 p(x_0 | x_t) itself."""
-        return self._reverse(self._predict(model, xt, t), xt, t, s)
+        """Log-probabilities of p(x_s | x_t), [A] eq. 4, (B, ..., K).
+
+        Proportional to the sum over x_0 of q(x_s, x_t | x_0) p~(x_0) = q(x_t | x_s) sum q(x_s | x_0) p~(x_0), p~ the
+        softmax of the logits: q_posterior with a guess for x_0. Exact, at every s, where p~ is p(x_0 | x_t) / q(x_t | x_0).
+        A network that says p(x_0 | x_t) itself is used as lambda xt, t: net(xt, t) - transition.log_columns(xt, 0, t).
+        """
+        return self._reverse(self._guess(model, xt, t), xt, t, s)
 
     # -------- losses and the bound
 
@@ -477,24 +534,34 @@ class D3PM(nn.Module):
 
         At s = 0, where q is the point x_0, that is L_0 = -log p(x_0 | x_t).
         """
-        return self._vlb_term(self._predict(model, xt, t), x0, xt, t, s)
+        return self._vlb_term(self._guess(model, xt, t), x0, xt, t, s)
 
-    def _vlb_term(self, log_p0, x0, xt, t, s=None):
-        if isinstance(self.transition, MixingTransition) and self.transition.reaches_all:
-            t, s = self._times(xt, t, s)
-            kl = self.transition.posterior_kl(self._guess(log_p0, xt, t), self._states(x0), xt, s.clamp(min=1), t)
-            return torch.where(s == 0, self._cross_entropy(log_p0, x0), _bits(kl))
-        if self.transition.mask is None:
-            return _bits(_kl(self.q_posterior(x0, xt, t, s), self._reverse(log_p0, xt, t, s)))
-        # For masks the KL is a cross-entropy: a masked place shows its x_0 at s with probability
-        # (alpha_bar[s] - alpha_bar[t]) / (1 - alpha_bar[t]), whatever x_0 is; one without a mask costs nothing.
-        t, s = self._times(xt, t, s)
-        shown = self.transition.mix(0, s)[0] * self.transition.mix(s, t)[1] / self.transition.mix(0, t)[1]
-        return _to(shown, log_p0) * self._cross_entropy(log_p0, x0)
+    def _vlb_term(self, log_guess, x0, xt, t, s=None):
+        x0, transition = self._states(x0), self.transition
+        s, t = _check_times(self.T, s, t, gap=1)
+        if transition.mask is not None:
+            # The KL of masks is a cross-entropy: a masked place shows its x_0 at s with probability
+            # (alpha_bar[s] - alpha_bar[t]) / (1 - alpha_bar[t]), whatever x_0 is; one without a mask costs nothing.
+            mix, ndim = transition.mix, xt.ndim - 1
+            shown = mix(0, s, ndim)[0] * mix(s, t, ndim)[1] / mix(0, t, ndim)[1]
+            return _bits(_to(shown, log_guess) * self._cross_entropy(log_guess, x0, xt, t))
+        if isinstance(transition, MixingTransition) and transition.reaches_all:
+            return _bits(transition.posterior_kl(x0, log_guess, xt, s, t))
+        # q(x_t | x_s), which both distributions have, cancels but in the normalisers.
+        log_columns, log_r, log_u = (transition.log_columns(xt, s, t), transition.log_rows(x0, 0, s),
+                                     transition.log_rows(log_guess, 0, s))
+        log_Z_r, log_Z_u = ((log_columns + log).logsumexp(-1) for log in (log_r, log_u))
+        log_q = log_columns + log_r - log_Z_r[..., None]
+        q = log_q.masked_fill(log_q < math.log(torch.finfo(log_q.dtype).tiny), -math.inf).exp()     # denormals are slow
+        return _bits(torch.where(q > 0, q * (log_r - log_u), 0.0).sum(-1) + log_Z_u - log_Z_r)
 
-    def _cross_entropy(self, log_p0, x0):
-        """-log p(x_0 | x_t), bits per dimension (B,)."""
-        return _bits(-log_p0.gather(-1, self._states(x0)[..., None])[..., 0])
+    def _cross_entropy(self, log_guess, x0, xt, t):
+        """-log p(x_0 | x_t) in nats at each place (B, ...), by Bayes' rule."""
+        log_prior = log_guess.gather(-1, self._states(x0)[..., None])[..., 0]
+        if self.transition.mask is not None:            # whatever a mask hides is as likely to be masked
+            return torch.where(xt == self.transition.mask, -log_prior, 0.0)
+        log_entry = self.transition.log_entry
+        return log_entry(log_guess, xt, 0, t) - log_entry(x0, xt, 0, t) - log_prior
 
     def _noised(self, x0, t, xt):
         """t uniform on 1..T and xt from q(x_t | x_0) where not given."""
@@ -502,9 +569,9 @@ class D3PM(nn.Module):
         return t, self.q_sample(x0, t) if xt is None else xt
 
     def loss_simple(self, model, x0, t=None, xt=None):
-        """Cross-entropy of x_0, bits per dimension (B,)."""
+        """Cross-entropy of x_0, -log p(x_0 | x_t), bits per dimension (B,)."""
         t, xt = self._noised(x0, t, xt)
-        return self._cross_entropy(self._predict(model, xt, t), x0)
+        return _bits(self._cross_entropy(self._guess(model, xt, t), x0, xt, t))
 
     def loss_vlb(self, model, x0, t=None, xt=None):
         """T L_t, a one-sample estimate of L_0 + sum L_t; bits per dimension (B,)."""
@@ -517,8 +584,9 @@ class D3PM(nn.Module):
         In its eq. 5 L_vb is the whole sum, T times the mean of this L_t.
         """
         t, xt = self._noised(x0, t, xt)
-        log_p0 = self._predict(model, xt, t)
-        return self._vlb_term(log_p0, x0, xt, t) + ce_weight * self._cross_entropy(log_p0, x0)
+        log_guess = self._guess(model, xt, t)
+        cross_entropy = _bits(self._cross_entropy(log_guess, x0, xt, t))
+        return self._vlb_term(log_guess, x0, xt, t) + ce_weight * cross_entropy
 
     @torch.no_grad()
     def bits_per_dim(self, model, x0, steps=None):
@@ -530,9 +598,9 @@ class D3PM(nn.Module):
         terms, errors, grid = [], [], [0, *self.timesteps(steps)]
         for s, t in zip(grid, grid[1:]):
             xt = self.q_sample(x0, t)
-            log_p0 = self._predict(model, xt, t)
-            terms.append(self._vlb_term(log_p0, x0, xt, t, s))
-            errors.append((log_p0.argmax(-1) != x0).to(log_p0.dtype).reshape(len(x0), -1).mean(1))
+            log_guess = self._guess(model, xt, t)
+            terms.append(self._vlb_term(log_guess, x0, xt, t, s))
+            errors.append(_mean((self._reverse(log_guess, xt, t, 0).argmax(-1) != x0).to(log_guess.dtype)))
         prior, terms = self.prior_kl(x0), torch.stack(terms, dim=1)
         return dict(total=prior + terms.sum(1), prior=prior, terms=terms, x0_error=torch.stack(errors, dim=1))
 
@@ -544,12 +612,13 @@ class D3PM(nn.Module):
         steps is None (all of 1..T), a number n (n evenly spaced times, both ends kept), or an
         increasing list that ends at T. ValueError for anything else.
         """
-        T, n = self.T, self.T if steps is None else steps
-        if isinstance(n, int):
-            n = min(n, T)
+        T, grid = self.T, None
+        try:
+            n = min(T, T if steps is None else operator.index(steps))
             grid = [1 + (2 * i * (T - 1) + n - 1) // (2 * (n - 1)) for i in range(n)] if n > 1 else [T] * n
-        else:
-            grid = [int(t) for t in n]
+        except TypeError:
+            if hasattr(steps, "__iter__"):
+                grid = [int(t) for t in steps]
         if not grid or grid[0] < 1 or grid[-1] != T or any(s >= t for s, t in zip(grid, grid[1:])):
             raise ValueError(f"steps must be a number >= 1 or times that increase to T = {T}, got {steps}")
         return grid
@@ -557,8 +626,8 @@ class D3PM(nn.Module):
     @torch.no_grad()
     def p_sample(self, model, xt, t, s=None):
         """One reverse step -> a draw of x_s, int64 (B, ...), and log p(x_0 | x_t), (B, ..., K). Drawn at s = 0 too."""
-        log_p0 = self._predict(model, xt, t)
-        return categorical(self._reverse(log_p0, xt, t, s)), log_p0
+        log_guess = self._guess(model, xt, t)
+        return categorical(self._reverse(log_guess, xt, t, s).exp()), self._reverse(log_guess, xt, t, 0)
 
     def _hold(self, xs, known, s):
         """xs with the known places (known >= 0) put in: as they are among masks, else noised to time s."""
@@ -608,8 +677,8 @@ class D3PM(nn.Module):
         for place in order.to(self.device).split(1, dim=1):
             masked = flat == mask
             t = (masked.sum(1) * self.T / D).ceil().long().clamp(1, self.T)
-            log_p0 = self._predict(model, flat.reshape(shape), t).reshape(len(xs), D, self.K)
-            drawn = categorical(log_p0.gather(1, place[..., None].expand(-1, -1, self.K)))
+            log_p0 = self.p_x0(model, flat.reshape(shape), t).reshape(len(xs), D, self.K)
+            drawn = categorical(log_p0.gather(1, place[..., None].expand(-1, -1, self.K)).exp())
             flat = flat.scatter(1, place, drawn)
         return flat.reshape(shape)
 
@@ -619,12 +688,66 @@ def _kl(log_q, log_p):
     return torch.where(log_q > -math.inf, log_q.exp() * (log_q - log_p), 0.0).sum(-1)
 
 
+def _mean(x):
+    """(B, ...) -> (B,): the mean over the dimensions of each example."""
+    return x.reshape(len(x), math.prod(x.shape[1:])).mean(1)
+
+
 def _bits(nats):
     """(B, ...) nats -> (B,) bits per dimension."""
-    return nats.reshape(len(nats), -1).mean(1) / math.log(2)
+    return _mean(nats) / math.log(2)
 
 
-# ---------------------------------------------------------------- the network
+# ---------------------------------------------------------------- guidance
+
+def guided(model, y, weight):
+    """A model(xt, t) out of model(xt, t, y): logits pushed towards the labels y, int64 (B,), [G] eq. 6.
+
+    (1 + weight) times the logits given y minus weight times those without a label, in one call on a doubled batch. So
+    p~(x_0) is proportional to p(x_0 | rest) p(y | x_0, rest)^(1 + weight): weight 0 is the network given y, -1 without.
+    """
+    def pushed(xt, t):
+        logits = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, -1)]))
+        with_label, without = logits.chunk(2)
+        return (1 + weight) * with_label - weight * without
+
+    return pushed
+
+
+# ---------------------------------------------------------------- networks
+
+def pixel_outputs(K):
+    """How many numbers PixelLogits needs for a pixel's channel: a logit a state up to K = 32, else mean and scale."""
+    return K if K <= 32 else 2
+
+
+class PixelLogits(nn.Module):
+    """Any image network as a network for D3PM: model(xt, t) -> logits (B, C, H, W, K) of p~(x_0).
+
+    net    takes (B, 2C, H, W), states as grey values in [-1, 1] and then 1 where a pixel is masked (its grey is 0),
+           and returns (B, C pixel_outputs(K), H, W). More than 32 states have the logits of a truncated logistic
+           around x_t, [A] appendix A.8.
+    mask   None, or K - 1, the last state: ValueError for another
+    """
+
+    def __init__(self, net, K, mask=None):
+        super().__init__()
+        if mask not in (None, K - 1):
+            raise ValueError(f"the mask must be None or the last state, {K - 1}, got {mask}")
+        self.net, self.K, self.mask, self.levels = net, K, mask, K - (mask is not None)
+
+    def forward(self, xt, t, y=None):
+        B, C, H, W = xt.shape
+        masked = xt == self.K - 1 if self.mask is not None else torch.zeros_like(xt, dtype=torch.bool)
+        grey = (2 * xt.float() / (self.levels - 1) - 1).masked_fill(masked, 0.0)
+        x = torch.cat([grey, masked.float()], dim=1)
+        out = (self.net(x, t) if y is None else self.net(x, t, y)).float()
+        logits = out.reshape(B, C, pixel_outputs(self.K), H, W).movedim(2, -1)
+        if self.K <= 32:
+            return logits
+        mean, log_scale = logits.unbind(-1)
+        return F.pad(truncated_logistic(grey + mean, log_scale - 2, self.levels), (0, self.K - self.levels))
+
 
 def timestep_embedding(t, dim, max_period=10000):
     """Sines and cosines of t at dim / 2 frequencies, Vaswani et al. 2017 section 3.5: (B,) -> (B, dim)."""
@@ -641,9 +764,10 @@ def zero(module):
 
 
 def rotate(x):
-    """x (..., N, dim) with pairs of features turned by angles that grow with the place, Su et al. 2021, 2104.09864.
+    """Rotary position embedding (RoPE, Su et al. 2021, 2104.09864) of queries or keys x (..., N, dim).
 
-    The product of a query and a key then depends on how far apart their places are.
+    Pairs of features turn by angles in proportion to the place, so that the product of a query and a key depends on
+    how far apart their places are.
     """
     N, half = x.shape[-2], x.shape[-1] // 2
     angles = timestep_embedding(torch.arange(N, device=x.device), 2 * half, max_period=1000).to(x.dtype)
@@ -653,10 +777,10 @@ def rotate(x):
 
 
 class Block(nn.Module):
-    """On (B, N, width): a look at the nearest places, self-attention, and a two-layer network.
+    """On (B, N, width): a depthwise convolution over the places, self-attention, and a two-layer network.
 
-    Time scales, shifts and gates the last two [P]. The look is a convolution in each channel: what stands next to a
-    place tells most about it, and attention alone finds that out late.
+    Time and label scale, shift and gate the last two (adaLN-Zero, [P]). The convolution is this file's addition: the
+    nearest places tell most about a place, and attention alone learns that late.
     """
 
     def __init__(self, width, heads, dropout):
@@ -681,21 +805,23 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """What diffusion leaves free, the architecture: model(xt, t) -> logits (B, ..., K) of x_0.
+    """A bidirectional Transformer: model(xt, t, y=None) -> logits (B, ..., K) of p~(x_0).
 
     shape     of one example: (L,) tokens, each a place, or (C, H, W), where patch x patch pixels are a place
-    width, depth, heads   of the bidirectional blocks
+    width, depth, heads   of the blocks
+    classes   number of labels; y is int64 (B,), -1 where there is no label, as everywhere if left out
 
-    ValueError where a size does not divide. Its first output is 0: all states alike.
+    ValueError for sizes that do not fit, and for labels outside -1..classes-1. Its first output is 0: all alike.
     """
 
-    def __init__(self, K, shape, width=256, depth=6, heads=4, patch=4, dropout=0.0):
+    def __init__(self, K, shape, width=256, depth=6, heads=4, patch=4, dropout=0.0, classes=0):
         super().__init__()
-        if width % heads or len(shape) == 3 and (shape[1] % patch or shape[2] % patch):
-            raise ValueError(f"heads={heads} must divide width={width}, and patch={patch} H and W of {tuple(shape)}")
         if len(shape) not in (1, 3):
             raise ValueError(f"shape must be (L,) or (C, H, W), got {tuple(shape)}")
-        self.K, self.shape, self.width = K, tuple(shape), width
+        if width % 2 or width % heads or len(shape) == 3 and (shape[1] % patch or shape[2] % patch):
+            raise ValueError(f"width={width} must be even and a multiple of heads={heads}, and H and W of "
+                             f"{tuple(shape)} multiples of patch={patch}")
+        self.K, self.shape, self.width, self.classes = K, tuple(shape), width, classes
         self.patch = patch if len(shape) == 3 else 1
         cells = shape[0] * patch ** 2 if len(shape) == 3 else 1
         places = math.prod(shape) // cells
@@ -705,12 +831,18 @@ class Transformer(nn.Module):
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(width), zero(nn.Linear(width, cells * K))
+        self.label = zero(nn.Embedding(classes + 1, width)) if classes else None         # row 0: no label
 
-    def forward(self, x, t):
+    def forward(self, x, t, y=None):
         if x.shape[1:] != self.shape:
             raise ValueError(f"this Transformer takes (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        if y is not None and (y.dtype != torch.int64 or y.shape != x.shape[:1] or y.device.type == "cpu"
+                              and not ((-1 <= y) & (y < self.classes)).all()):
+            raise ValueError(f"labels must be int64 ({len(x)},) in -1..{self.classes - 1}, got {y}")
         B, p = len(x), self.patch
         emb = self.time(timestep_embedding(t, self.width).to(self.position.dtype))
+        if self.label is not None:
+            emb = emb + self.label(torch.zeros_like(t) if y is None else y + 1)
         if len(self.shape) == 3:
             C, H, W = self.shape
             x = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
@@ -727,11 +859,12 @@ class Transformer(nn.Module):
 
 def main():
     """Words of two letters, learnt in seconds: prints each word's learnt probability beside the true one."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     K, T, n, steps = 4, 20, 20000, 800
     true = torch.tensor([[8, 1, 0, 1], [0, 6, 2, 0], [1, 0, 9, 0], [3, 0, 0, 5]]) / 36
     model = Transformer(K, (2,), width=32, depth=1, heads=1)
-    diffusion = D3PM(uniform_transition(K, cosine_betas(T)), reverse="conditional")
+    diffusion = D3PM(uniform_transition(K, cosine_betas(T)))
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
