@@ -116,6 +116,11 @@ def _logaddexp(a, b):
     return torch.where(b == -math.inf, a, torch.logaddexp(a, b.clamp(min=-1e30)))
 
 
+def _kl(log_q, log_p):
+    """Sum over the states of q log(q / p), (..., K) -> (...), where 0 log 0 is 0."""
+    return (log_q.exp() * (log_q - log_p).masked_fill(log_q == -math.inf, 0.0)).sum(-1)
+
+
 def _put(shared, x, value):
     """(..., K): `shared` (..., K) or (K,), but `value` (...) at state x (...)."""
     return shared.expand(*x.shape, -1).scatter(-1, x[..., None], value[..., None])
@@ -158,6 +163,11 @@ class Transition(nn.Module):
         """x_T drawn from the stationary distribution, int64 of the given shape."""
         pi, n = self.stationary.to(torch.get_default_dtype()).to(self.device), math.prod(shape)
         return torch.multinomial(pi, max(n, 1), replacement=True)[:n].reshape(shape)
+
+    def posterior_kl(self, x0, log_guess, xt, s, t):
+        """KL of q(x_s | x_t, x_0) from the same with a guess (..., K) for x_0, summed over the states; nats (...)."""
+        log_columns = self.log_columns(xt, s, t)
+        return _kl(*((log_columns + self.log_rows(x, 0, s)).log_softmax(-1) for x in (x0, log_guess)))
 
 
 class MixingTransition(Transition):
@@ -240,12 +250,14 @@ class MixingTransition(Transition):
         return _logaddexp(_to(a.log(), x) + x.gather(-1, xt[..., None])[..., 0], _to(redrawn.log(), x))
 
     def posterior_kl(self, x0, log_guess, xt, s, t):
-        """KL of q(x_s|x_t,x_0) from the same with a guess (..., K) for x_0, in nats (...). Needs all of pi above 0.
+        """The same KL in one pass over K.
 
         Both are q(x_t|x_s) times something: r = q(x_s|x_0), and u, its mean over the guess. In the logarithm
         q(x_t|x_s) cancels: KL = E_q[log r - log u] + log(Z_u / Z_r), Z the normalisers. And only x_0 and x_t
-        differ from the other states, so that E_q is a mean under pi and two terms: one pass over K.
+        differ from the other states, so that E_q is a mean under pi and two terms. (Not where some pi is 0.)
         """
+        if not self.reaches_all:
+            return super().posterior_kl(x0, log_guess, xt, s, t)
         coefficients = *self.mix(0, s, x0.ndim - 1), *self.mix(s, t, x0.ndim - 1)
         (a, b, c, d), pi = (_to(v, log_guess) for v in coefficients), _to(self.stationary, log_guess)
         log_u0, log_ut = (self.log_entry(log_guess, x, 0, s) for x in (x0, xt))
@@ -333,11 +345,12 @@ class DenseTransition(Transition):
             return _pick(_default(Q.log(), x), x)
         if s == 0 and isinstance(t, int) and t == 0:
             return x
-        stay = Q.diagonal(dim1=-2, dim2=-1)[:, None]
-        least = 1e8 * torch.finfo(x.dtype).tiny * ((stay == 0) & (Q.sum(-2, keepdim=True) > 0))
+        stay, tiny = Q.diagonal(dim1=-2, dim2=-1)[:, None], torch.finfo(x.dtype).tiny
+        least = 1e8 * tiny * ((stay == 0) & (Q.sum(-2, keepdim=True) > 0))
         log_p = x.reshape(len(Q), -1, self.K)
-        total = torch.baddbmm(_to(least, x), log_p.exp().expand(len(Q), -1, -1), _to(Q, x))
-        return torch.maximum(_log(total), log_p + _to(stay.log(), x)).reshape(x.shape)
+        total = torch.baddbmm(_to(least, x), log_p.exp(), _to(Q, x))
+        log_stay = log_p + _to(stay.log(), x)
+        return torch.where(total > tiny, total.clamp(min=tiny).log(), log_stay).reshape(x.shape)
 
     def columns(self, x, s, t):
         """q(x_t = x | x_s = k) for every k: the likelihood of each state, x int (...) -> (..., K)."""
@@ -482,8 +495,7 @@ class D3PM(nn.Module):
         x0 = x0 if x0.is_floating_point() else self._states(x0)
         log_p = (self.transition.log_columns(self._states(xt, data=False), s, t)
                  + self.transition.log_rows(x0, 0, t - 1 if s is None else s))
-        total = log_p.logsumexp(-1, keepdim=True)
-        return log_p - total.masked_fill(total == -math.inf, 0.0)
+        return log_p.log_softmax(-1).masked_fill(log_p == -math.inf, -math.inf)      # not NaN for an impossible pair
 
     # -------- reverse process p
 
@@ -545,15 +557,7 @@ class D3PM(nn.Module):
             mix, ndim = transition.mix, xt.ndim - 1
             shown = mix(0, s, ndim)[0] * mix(s, t, ndim)[1] / mix(0, t, ndim)[1]
             return _bits(_to(shown, log_guess) * self._cross_entropy(log_guess, x0, xt, t))
-        if isinstance(transition, MixingTransition) and transition.reaches_all:
-            return _bits(transition.posterior_kl(x0, log_guess, xt, s, t))
-        # q(x_t | x_s), which both distributions have, cancels but in the normalisers.
-        log_columns, log_r, log_u = (transition.log_columns(xt, s, t), transition.log_rows(x0, 0, s),
-                                     transition.log_rows(log_guess, 0, s))
-        log_Z_r, log_Z_u = ((log_columns + log).logsumexp(-1) for log in (log_r, log_u))
-        log_q = log_columns + log_r - log_Z_r[..., None]
-        q = log_q.masked_fill(log_q < math.log(torch.finfo(log_q.dtype).tiny), -math.inf).exp()     # denormals are slow
-        return _bits(torch.where(q > 0, q * (log_r - log_u), 0.0).sum(-1) + log_Z_u - log_Z_r)
+        return _bits(transition.posterior_kl(x0, log_guess, xt, s, t))
 
     def _cross_entropy(self, log_guess, x0, xt, t):
         """-log p(x_0 | x_t) in nats at each place (B, ...), by Bayes' rule."""
@@ -681,11 +685,6 @@ class D3PM(nn.Module):
             drawn = categorical(log_p0.gather(1, place[..., None].expand(-1, -1, self.K)).exp())
             flat = flat.scatter(1, place, drawn)
         return flat.reshape(shape)
-
-
-def _kl(log_q, log_p):
-    """Sum over the states of q log(q / p), (..., K) -> (...) nats, where 0 log 0 is 0."""
-    return torch.where(log_q > -math.inf, log_q.exp() * (log_q - log_p), 0.0).sum(-1)
 
 
 def _mean(x):
