@@ -32,7 +32,7 @@ def definitions(body, prefix=""):
 
 @functools.cache
 def read(file):
-    """A file's names with their lines, and its number of lines; no names and None for a file that does not exist."""
+    """A file's names with their lines, and its number of lines; {} and None where there is no such file."""
     if not (ROOT / file).exists():
         return {}, None
     code = (ROOT / file).read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def read(file):
 
 
 def mend(text):
-    """The text with the right numbers, one line for each that was stale, and what is linked to but does not exist."""
+    """The text with the right numbers, one line for each that was stale, and the names that do not exist."""
     stale, missing = [], []
     for match in {match[0]: match for match in LINK.finditer(text)}.values():
         name, file, line = match[1], match[2], read(match[2])[0].get(match[1])
