@@ -65,7 +65,7 @@ def entropy(classes):
 
 
 def read(path, dtype, *shape):
-    """The file's array of two or more things of such a shape, as a tensor; one line where it holds no such thing."""
+    """The file's array of two or more things of such a shape, as a tensor; else one line and the end."""
     try:
         array = np.load(path)
     except (OSError, ValueError, EOFError) as error:
