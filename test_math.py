@@ -1571,20 +1571,18 @@ def test_what_is_lost_stays_lost(beta, seed):
 @given(categories(), shapes, seeds)
 def test_rows_and_columns_are_those_of_the_matrix(name, case, shape, seed):
     """rows: q(x_t = . | x_s = x), or p Q_{s->t}, p any weights; columns: q(x_t = x | x_s = .);
-    an entry: q(x_t = x | x_s = x'), or (p Q_{s->t})[x]. And the logs of all these."""
+    an entry: q(x_t = x | x_s = x'), or (p Q_{s->t})[x]; the logs of all these, where p sums to 1."""
     chain, s, t = case(name)
     x, other, tr = *(integers(chain.K, shape, seed + i) for i in (0, 1)), chain.transition
-    p = normal((*shape, chain.K), seed).exp()
-    times = [(s, t), (at(s, x), at(t, x)), (s, at(t, x)), (at(s, x), t), (t, t), (0, t)]
-    right = []
-    for a, b in times:
-        Q = chain.path(*(v if isinstance(v, int) else int(v[0]) for v in (a, b)))
-        right += [Q[x], p @ Q, Q.T[x], Q[other, x], (p @ Q).gather(-1, x[..., None])[..., 0]]
-    left = sum(((tr.rows(x, a, b), tr.rows(p, a, b), tr.columns(x, a, b)) for a, b in times), ())
-    equal(left, tuple(v for i, v in enumerate(right) if i % 5 < 3))
-    logs = sum(((tr.log_rows(x, a, b), tr.log_rows(p.log(), a, b), tr.log_columns(x, a, b),
-                 tr.log_entry(other, x, a, b), tr.log_entry(p.log(), x, a, b)) for a, b in times), ())
-    equal(logs, tuple(v.log() for v in right))
+    weights = normal((*shape, chain.K), seed).exp()
+    p = weights.softmax(-1)
+    for a, b in [(s, t), (at(s, x), at(t, x)), (s, at(t, x)), (at(s, x), t), (t, t), (at(t, x), t), (0, t)]:
+        Q = chain.path(*(time if isinstance(time, int) else int(time[0]) for time in (a, b)))
+        equal((tr.rows(x, a, b), tr.rows(weights, a, b), tr.columns(x, a, b)), (Q[x], weights @ Q, Q.T[x]))
+        equal((tr.log_rows(x, a, b), tr.log_rows(p.log(), a, b), tr.log_columns(x, a, b)),
+              (Q[x].log(), (p @ Q).log(), Q.T[x].log()))
+        equal((tr.log_entry(other, x, a, b), tr.log_entry(p.log(), x, a, b)),
+              (Q[other, x].log(), (p @ Q).gather(-1, x[..., None])[..., 0].log()))
 
 
 # ---------------------------------------------------------------- forward process q
