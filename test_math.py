@@ -1793,8 +1793,7 @@ def test_bound_in_small_steps_is_the_kl_of_jump_rates(name, quarter, seed):
     other = torch.arange(K) != xt
     rate = torch.where(other & (r > 0), r * (r / r_hat).log(), 0) + torch.where(other, r_hat - r, 0)
     limit = rate.sum(1) / math.log(2)
-    equal(2 * values[1] - values[0], limit, atol=2e-3, rtol=2e-3)                 # of order 1 / n^2
-    equal((values[1] - limit) * 2, values[0] - limit, atol=2e-3, rtol=2e-3)
+    equal(2 * values[1] - values[0], limit, atol=10 / n ** 2, rtol=10 / n ** 2)   # order 1 / n cancels
 
 
 @every_family
