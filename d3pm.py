@@ -118,7 +118,13 @@ def _kl(log_q, log_p):
 
 def _pick(Q, x):
     """Row x of Q (B, K, K) or (1, K, K), for int x (B, ...) -> (B, ..., K)."""
-    return Q[torch.arange(len(Q), device=x.device).reshape(-1, *[1] * (x.ndim - 1)), x].reshape(*x.shape, -1)
+    example = torch.arange(len(Q), device=x.device).reshape(-1, *[1] * (x.ndim - 1))
+    return Q[example, x].reshape(*x.shape, Q.shape[-1])
+
+
+def _by_matrix(Q, x):
+    """x (B, ..., K) as (len(Q), places, K), to be multiplied by Q (B, K, K) or (1, K, K)."""
+    return x.reshape(len(Q), x.numel() // max(len(Q) * x.shape[-1], 1), x.shape[-1])
 
 
 def categorical(p):
@@ -322,7 +328,7 @@ class DenseTransition(Transition):
         """q(x_t | x_s = x) for int x (...); x Q_{s->t} for probabilities x (..., K) -> (..., K)."""
         Q = self._matrices(s, t)
         if x.is_floating_point():
-            return (x.reshape(len(Q), -1, self.K) @ _to(Q, x)).reshape(x.shape)
+            return (_by_matrix(Q, x) @ _to(Q, x)).reshape(x.shape)
         return _pick(_default(Q, x), x)
 
     def log_rows(self, x, s, t):
@@ -334,11 +340,11 @@ class DenseTransition(Transition):
         Q = self._matrices(s, t)
         if not x.is_floating_point():
             return _pick(_default(Q.log(), x), x)
-        if s == 0 and isinstance(t, int) and t == 0:
+        if isinstance(s, int) and isinstance(t, int) and s == t:
             return x
         stay, tiny = Q.diagonal(dim1=-2, dim2=-1)[:, None], torch.finfo(x.dtype).tiny
         least = 1e8 * tiny * ((stay == 0) & (Q.sum(-2, keepdim=True) > 0))
-        log_p = x.reshape(len(Q), -1, self.K)
+        log_p = _by_matrix(Q, x)
         total = torch.baddbmm(_to(least, x), log_p.exp(), _to(Q, x))
         log_stay = log_p + _to(stay.log(), x)
         return torch.where(total > tiny, total.clamp(min=tiny).log(), log_stay).reshape(x.shape)
@@ -600,13 +606,15 @@ class D3PM(nn.Module):
         steps is None (all of 1..T), a number n (n evenly spaced times, both ends kept), or an
         increasing list that ends at T. ValueError for anything else.
         """
-        T, grid = self.T, None
+        T = self.T
         try:
-            n = min(T, T if steps is None else operator.index(steps))
-            grid = [1 + (2 * i * (T - 1) + n - 1) // (2 * (n - 1)) for i in range(n)] if n > 1 else [T] * n
+            if getattr(steps, "ndim", hasattr(steps, "__len__")):
+                grid = [operator.index(t) for t in steps]
+            else:
+                n = min(T, T if steps is None else operator.index(steps))
+                grid = [1 + (2 * i * (T - 1) + n - 1) // (2 * (n - 1)) for i in range(n)] if n > 1 else [T] * n
         except TypeError:
-            if hasattr(steps, "__iter__"):
-                grid = [int(t) for t in steps]
+            grid = []
         if not grid or grid[0] < 1 or grid[-1] != T or any(s >= t for s, t in zip(grid, grid[1:])):
             raise ValueError(f"steps must be a number >= 1 or times that increase to T = {T}, got {steps}")
         return grid
