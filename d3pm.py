@@ -20,8 +20,8 @@ t, s          times, an int or int64 (B,), 0 <= s < t <= T; 0 is clean and T is 
 Q_{s->t}      (K, K); row i is q(x_t = . | x_s = i). Q_t is Q_{t-1->t}, Q_bar_t is Q_{0->t}
 model         any callable model(xt, t) -> logits (..., K) of p~(x_0)
 
-Every law is written for a step s -> t of any length, s = t - 1 when left out, so that a strided chain is the same code
-on fewer times. Probabilities are exact: zero is zero, and its log is -inf. Logs are natural; bounds and losses leave in
+Every law is written for a step s -> t of any length, s = t - 1 when left out: a strided chain is the same code on
+fewer times. Probabilities are exact: zero is zero, and its log is -inf. Logs are natural; bounds and losses leave in
 bits per dimension, (B,).
 """
 import math
@@ -41,10 +41,14 @@ def cosine_betas(T):
 
 
 def linear_betas(T, start=None, stop=None):
-    """Evenly spaced -> (T,) float64, from 0.1 / T to 20 / T ([A]'s 1e-4..0.02 at T = 1000); for Gaussian noise."""
-    first, last = 0.1 / T if start is None else start, 20 / T if stop is None else stop
-    betas = torch.linspace(first, last, T, dtype=torch.float64)
-    return betas.clamp(max=1) if stop is None else betas
+    """Evenly spaced -> (T,) float64, for discretised Gaussian noise.
+
+    From 0.1 / T to 20 / T, at most 1 ([A]'s 1e-4..0.02 at T = 1000); start and stop, if given, as they are.
+    """
+    start = 0.1 / T if start is None else start
+    if stop is not None:
+        return torch.linspace(start, stop, T, dtype=torch.float64)
+    return torch.linspace(start, 20 / T, T, dtype=torch.float64).clamp(max=1)
 
 
 def mutual_information_betas(T):
@@ -121,9 +125,15 @@ def categorical(p):
 # ---------------------------------------------------------------- transitions: what the noise does
 
 class Transition(nn.Module):
-    """What both kinds share: T, K, the stationary distribution (K,), and tables that stay float64.
+    """What a kind of noise says, for int x and xt (...), and float64 tables that it looks up.
 
-    x is int (...), and results are (..., K). rows and log_rows also take (log-)probabilities x (..., K).
+    T, K, stationary (K,), mask (None without one)
+    matrix(s, t)              Q_{s->t} for ints s <= t, (K, K) float64
+    rows(x, s, t)             q(x_t | x_s = x), (..., K); for probabilities x (..., K): x Q_{s->t}
+    columns(x, s, t)          q(x_t = x | x_s = k) for every k, (..., K): the likelihood of each state
+    log_rows, log_columns     their logs; log_rows takes log-probabilities x (..., K)
+    log_entry(x, xt, s, t)    log q(x_t = xt | x_s = x), (...), or log of its mean over log-probabilities x (..., K)
+    draw(x, s, t)             a draw of q(x_t | x_s = x), int64 (...)
     """
 
     def __init__(self, T, **tables):
@@ -144,8 +154,8 @@ class Transition(nn.Module):
 
     def _times(self, s, t):
         """s and t where the tables are, after a check."""
-        return [time.to(self.stationary.device) if isinstance(time, torch.Tensor) else time
-                for time in _check_times(self.T, s, t)]
+        times = _check_times(self.T, s, t)
+        return [time.to(self.stationary.device) if isinstance(time, torch.Tensor) else time for time in times]
 
     def sample_prior(self, shape):
         """x_T drawn from the stationary distribution, int64 of the given shape."""
@@ -189,12 +199,10 @@ class MixingTransition(Transition):
         return log_a.exp(), -torch.expm1(log_a)
 
     def matrix(self, s, t):
-        """Q_{s->t} for ints s <= t, (K, K) float64."""
         a, b = self.mix(s, t)
         return a * torch.eye(self.K, dtype=a.dtype, device=a.device) + b * self.stationary
 
     def rows(self, x, s, t):
-        """q(x_t | x_s = x) for int x; x Q_{s->t} for probabilities x."""
         if x.is_floating_point():
             a, b = self.mix(s, t, x.ndim - 1)
             return _like(a, x) * x + _like(b * self.stationary, x) * x.sum(-1, keepdim=True)
@@ -202,23 +210,20 @@ class MixingTransition(Transition):
         return (b * pi).expand(*x.shape, self.K).scatter_add(-1, x[..., None], a.expand(*x.shape, 1))
 
     def log_rows(self, x, s, t):
-        """The log of rows. Log-probabilities x are added as logs: nothing underflows."""
+        """Added as logs: nothing underflows."""
         if not x.is_floating_point():
             return self.rows(x, s, t).log()
         a, b = self.mix(s, t, x.ndim - 1)
         return _logaddexp(_like(a.log(), x) + x, _like((b * self.stationary).log(), x))
 
     def columns(self, x, s, t):
-        """q(x_t = x | x_s = k) for every k: the likelihood of each state."""
         a, b, pi = (_like(v, x) for v in (*self.mix(s, t, x.ndim), self.stationary))
         return (b * pi[x[..., None]]).expand(*x.shape, self.K).scatter_add(-1, x[..., None], a.expand(*x.shape, 1))
 
     def log_columns(self, x, s, t):
-        """The log of columns."""
         return self.columns(x, s, t).log()
 
     def log_entry(self, x, xt, s, t):
-        """log q(x_t = xt | x_s = x), or the log of its mean over log-probabilities x (..., K); (...), at O(1) each."""
         a, b = self.mix(s, t, xt.ndim - 1)
         redrawn = b * self.stationary[xt.to(b.device)]
         if not x.is_floating_point():
@@ -250,7 +255,6 @@ class MixingTransition(Transition):
         return total / Z + log_Z_u - Z.log()
 
     def draw(self, x, s, t):
-        """A draw of q(x_t | x_s = x), int64 (...), at O(1) a place."""
         _, b = self.mix(s, t, x.ndim - 1)
         return torch.where(torch.rand(x.shape, device=x.device) < _like(b, x), self.sample_prior(x.shape), x)
 
@@ -276,7 +280,6 @@ class DenseTransition(Transition):
         self._products = {}
 
     def matrix(self, s, t):
-        """Q_{s->t} = Q_{s+1} ... Q_t for ints s <= t, (K, K) float64."""
         s, t = _check_times(self.T, s, t)
         if s == 0 or s == t:
             return self.Q_bar[t - s]
@@ -309,17 +312,15 @@ class DenseTransition(Transition):
         return _like(Q, x)[example, x].reshape(*x.shape, self.K)
 
     def rows(self, x, s, t):
-        """q(x_t | x_s = x) for int x; x Q_{s->t} for probabilities x."""
         Q = self._matrices(s, t)
         if x.is_floating_point():
             return (x.reshape(len(Q), -1, self.K) @ _like(Q, x)).reshape(x.shape)
         return self._pick(Q, x)
 
     def log_rows(self, x, s, t):
-        """The log of rows, finite wherever the noise reaches, however small the log-probabilities x.
+        """Finite wherever the noise reaches, however small the log-probabilities x.
 
-        Where their sum underflows, what stays in its state still counts, as a log; and a state where nothing stays
-        gets the smallest of floats.
+        Where the sum underflows, what stays in its state counts, as a log. Where nothing stays, a tiny number stands.
         """
         Q = self._matrices(s, t)
         if not x.is_floating_point():
@@ -334,22 +335,20 @@ class DenseTransition(Transition):
         return torch.where(total > tiny, total.clamp(min=tiny).log(), log_stay).reshape(x.shape)
 
     def columns(self, x, s, t):
-        """q(x_t = x | x_s = k) for every k: the likelihood of each state."""
         return self._pick(self._matrices(s, t).mT, x)
 
     def log_columns(self, x, s, t):
-        """The log of columns, taken in float64, where far states have not yet underflowed."""
+        """Taken in float64, where far states have not yet underflowed."""
         return self._pick(self._matrices(s, t).log().mT, x)
 
     def log_entry(self, x, xt, s, t):
-        """log q(x_t = xt | x_s = x), or the log of its mean over log-probabilities x (..., K); (...)."""
         log_columns = self.log_columns(xt, s, t)
         if x.is_floating_point():
             return (log_columns + x).logsumexp(-1)
         return log_columns.gather(-1, x[..., None])[..., 0]
 
     def draw(self, x, s, t):
-        """A draw of q(x_t | x_s = x), int64 (...), by its distribution function: faster than torch.multinomial."""
+        """By the distribution function: faster than torch.multinomial."""
         below = self.rows(x, s, t).cumsum(-1)
         share = torch.rand(x.shape, dtype=below.dtype, device=x.device)[..., None] * below[..., -1:]
         return (below <= share).sum(-1)
@@ -371,7 +370,7 @@ def absorbing_transition(K, betas, mask=None):
 def gaussian_transition(K, betas):
     """Move to near states, [A] appendix A.2.3: doubly stochastic, for ordinal data such as grey levels.
 
-        Q_t[i, j] = exp(-4 (i - j)^2 / ((K - 1)^2 beta_t)) / sum_{n = -(K-1)}^{K-1} exp(-4 n^2 / ((K - 1)^2 beta_t)), i != j
+    Q_t[i, j] = w(i - j) where i != j, with w(n) ~ exp(-4 n^2 / ((K - 1)^2 beta_t)) and sum 1 over n = -(K-1)..K-1.
     """
     n = torch.arange(-(K - 1), K, dtype=torch.float64)
     weights = torch.softmax(-4 * n ** 2 / ((K - 1) ** 2 * _betas(betas)[:, None]), dim=1)
@@ -385,8 +384,7 @@ def gaussian_transition(K, betas):
 def neighbour_transition(embeddings, betas, k):
     """Move to states whose embeddings (K, D) are near, [A] appendix A.2.4: doubly stochastic, for words.
 
-    Q_t = exp(beta_t R), the rates R = A - diag(A 1) with A = (G + G^T) / 2k and G[i, j] = 1 where j is one
-    of the k nearest neighbours of i. ValueError for fewer than k + 1 embeddings.
+    Q_t = exp(beta_t R), rates R = A - diag(A 1), A = (G + G^T) / 2k, G[i, j] = 1 for the k nearest neighbours j of i.
     """
     embeddings, betas = _table(embeddings), _betas(betas)
     K = len(embeddings)
@@ -440,11 +438,11 @@ class D3PM(nn.Module):
 
     def _time(self, xt, t):
         """t as a network takes it: int64 (B,) on xt's device."""
-        s, t = _check_times(self.T, None, t, gap=1)
+        _, t = _check_times(self.T, None, t, gap=1)
         if not isinstance(t, torch.Tensor):
             return torch.full(xt.shape[:1], t, device=xt.device)
         if t.shape not in ((), xt.shape[:1]):
-            raise ValueError(f"a time is an int or int64 (B,) = {tuple(xt.shape[:1])}, got t = {t}, s = {s}")
+            raise ValueError(f"a time is an int or int64 (B,) = {tuple(xt.shape[:1])}, got t = {t}, s = {t - 1}")
         return t.to(xt.device).expand(len(xt))
 
     # -------- forward process q
@@ -489,7 +487,7 @@ class D3PM(nn.Module):
         log_p = self.q_posterior(log_guess, xt, t, s)
         if self.transition.mask is None:
             return log_p
-        # By Bayes' rule what is not masked is x_0. Said outright for a known place at a time when all should be masked.
+        # By Bayes' rule what is not masked is x_0. Said outright, for a known place where all should be masked by now.
         return torch.where((xt == self.transition.mask)[..., None], log_p, F.one_hot(xt, self.K).to(log_p).log())
 
     def p_x0(self, model, xt, t):
@@ -508,12 +506,12 @@ class D3PM(nn.Module):
     # -------- losses and the bound
 
     def prior_kl(self, x0):
-        """L_T = KL(q(x_T | x_0) || stationary), [A] eq. 1, bits per dimension (B,); infinite if x_T is not all masks."""
+        """L_T = KL(q(x_T | x_0) || stationary), [A] eq. 1, bits per dimension (B,); infinite if masks miss a place."""
         log_q = self.transition.log_rows(self._states(x0), 0, self.T)
         return _bits(_kl(log_q, _like(self.transition.stationary.log(), log_q)))
 
     def vlb_term(self, model, x0, xt, t, s=None):
-        """KL(q(x_s | x_t, x_0) || p(x_s | x_t)), [A] eq. 1, in bits per dimension (B,); L_0 = -log p(x_0 | x_t) at s = 0."""
+        """KL(q(x_s | x_t, x_0) || p(x_s | x_t)), [A] eq. 1, bits per dimension (B,); at s = 0: -log p(x_0 | x_t)."""
         return self._vlb_term(self._guess(model, xt, t), x0, xt, t, s)
 
     def _vlb_term(self, log_guess, x0, xt, t, s=None):
@@ -561,8 +559,8 @@ class D3PM(nn.Module):
     def bits_per_dim(self, model, x0, steps=None):
         """The whole bound on -log2 p(x0) / D, with one draw of x_t for each term; no gradient.
 
-        -> dict: total (B,) = prior (B,) + terms.sum(1), terms (B, n) in the order S_1..S_n, so that terms[:, 0] is L_0,
-        and x0_error (B, n), the share of places guessed wrong.
+        -> dict: total (B,) = prior (B,) + terms.sum(1), terms (B, n) in the order S_1..S_n, terms[:, 0] being L_0, and
+        x0_error (B, n), the share of places guessed wrong.
         """
         terms, errors, grid = [], [], [0, *self.timesteps(steps)]
         for s, t in zip(grid, grid[1:]):
@@ -650,7 +648,7 @@ class D3PM(nn.Module):
 def guided(model, y, weight):
     """A model(xt, t) out of model(xt, t, y): logits pushed towards the labels y, int64 (B,), [G] eq. 6.
 
-    p~(x_0) ~ p(x_0 | rest) p(y | x_0, rest)^(1 + weight): weight 0 is the network given y, and -1 without a label.
+    Its p~(x_0) ~ p(x_0 | rest) p(y | x_0, rest)^(1 + weight): weight 0 is the network given y, -1 without a label.
     """
     def pushed(xt, t):
         logits = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, -1)]))
@@ -670,8 +668,8 @@ def pixel_outputs(K):
 class PixelLogits(nn.Module):
     """Any image network as a network for D3PM: model(xt, t) -> logits (B, C, H, W, K) of p~(x_0).
 
-    net maps (B, 2C, H, W), grey values in [-1, 1] and then 1 where a pixel is masked, to (B, C pixel_outputs(K), H, W).
-    Above 32 states: a truncated logistic around x_t, [A] appendix A.8. mask is None or the last state, else ValueError.
+    net maps (B, 2C, H, W), grey values in [-1, 1] and then 1 where masked, to (B, C pixel_outputs(K), H, W). Above 32
+    states its output is a truncated logistic around x_t, [A] appendix A.8. mask is None or K - 1, else ValueError.
     """
 
     def __init__(self, net, K, mask=None):
@@ -746,8 +744,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A bidirectional Transformer: model(xt, t, y=None) -> logits (B, ..., K) of p~(x_0), all 0 at the start.
 
-    shape is one example's: (L,) tokens, or (C, H, W), where patch x patch pixels are one place. Labels y are int64 (B,)
-    in 0..classes-1, or -1 for none, as everywhere if left out. ValueError for sizes or labels that do not fit.
+    shape is one example's: (L,) tokens, or (C, H, W), where patch x patch pixels are one place. Labels y are int64
+    (B,) in 0..classes-1, or -1 for none, as everywhere if left out. ValueError for sizes or labels that do not fit.
     """
 
     def __init__(self, K, shape, width=256, depth=6, heads=4, patch=4, dropout=0.0, classes=0):
@@ -813,8 +811,9 @@ def main():
     first, second = diffusion.sample(model, (n, 2)).unbind(1)
     learnt = torch.bincount(first * K + second, minlength=K * K) / n
     print("\nlearnt / true, in percent")
-    for row in torch.arange(K * K).split(K):
-        print("   ".join(f"{'abcd'[i // K]}{'abcd'[i % K]} {100 * learnt[i]:5.1f} / {100 * true[i]:4.1f}" for i in row))
+    cells = [f"{'abcd'[i // K]}{'abcd'[i % K]} {100 * learnt[i]:5.1f} / {100 * true[i]:4.1f}" for i in range(K * K)]
+    for i in range(0, K * K, K):
+        print("   ".join(cells[i:i + K]))
     word = torch.multinomial(true, n, replacement=True)
     bound = diffusion.bits_per_dim(model, torch.stack([word // K, word % K], dim=1))["total"].mean()
     entropy = torch.distributions.Categorical(true).entropy() / math.log(2) / 2
