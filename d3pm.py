@@ -77,7 +77,7 @@ def _betas(betas):
 
 
 def _readable(x):
-    """False for a tensor on an accelerator, which is not checked, to avoid waiting for it."""
+    """False for a tensor on an accelerator: it is not checked, to avoid waiting for the device."""
     return not isinstance(x, torch.Tensor) or x.device.type == "cpu"
 
 
@@ -153,7 +153,7 @@ class Transition(nn.Module):
         return self
 
     def _times(self, s, t):
-        """s and t where the tables are, after a check."""
+        """s (None: t - 1) and t, checked, on the device of the tables."""
         times = _check_times(self.T, s, t)
         return [time.to(self.stationary.device) if isinstance(time, torch.Tensor) else time for time in times]
 
@@ -210,7 +210,7 @@ class MixingTransition(Transition):
         return (b * pi).expand(*x.shape, self.K).scatter_add(-1, x[..., None], a.expand(*x.shape, 1))
 
     def log_rows(self, x, s, t):
-        """Added as logs: nothing underflows."""
+        """Log-probabilities are added as logs: nothing underflows."""
         if not x.is_floating_point():
             return self.rows(x, s, t).log()
         a, b = self.mix(s, t, x.ndim - 1)
@@ -348,7 +348,7 @@ class DenseTransition(Transition):
         return log_columns.gather(-1, x[..., None])[..., 0]
 
     def draw(self, x, s, t):
-        """By the distribution function: faster than torch.multinomial."""
+        """By inverting the distribution function: faster than torch.multinomial."""
         below = self.rows(x, s, t).cumsum(-1)
         share = torch.rand(x.shape, dtype=below.dtype, device=x.device)[..., None] * below[..., -1:]
         return (below <= share).sum(-1)
@@ -426,7 +426,7 @@ class D3PM(nn.Module):
         return self.transition.device
 
     def _states(self, x, data=True):
-        """x, after ValueError for what is no state."""
+        """x, or ValueError if it holds what is no state."""
         if x.dtype != torch.int64:
             raise ValueError(f"states must be int64, got {x.dtype}")
         if _readable(x) and x.numel():
@@ -752,7 +752,7 @@ class Transformer(nn.Module):
         super().__init__()
         if len(shape) not in (1, 3):
             raise ValueError(f"shape must be (L,) or (C, H, W), got {tuple(shape)}")
-        # Tokens are an image of one row, in patches of one pixel.
+        # Tokens are handled as an image of one row, in patches of one pixel.
         self.image, self.patch = ((1, 1, *shape), 1) if len(shape) == 1 else (tuple(shape), patch)
         C, H, W = self.image
         if width % 2 or width % heads or H % self.patch or W % self.patch:
