@@ -5,12 +5,11 @@
     -log p(x_0) <= KL(q(x_T|x_0) || p(x_T)) + sum_{t>1} KL(q(x_s|x_t,x_0) || p(x_s|x_t)) - log p(x_0|x_1)
                    ------- L_T ----------   ------------------ L_t -------------------   ---- L_0 -----
 
-The network gives p~(x_0), what the other places tell of x_0 (each place has its own noise, so they do not
-tell how x_t came about). Bayes' rule adds what x_t itself tells, q(x_t | x_0). That is the whole reverse process, at
-s = 0 too, where it reads p(x_0 | x_t) ~ q(x_t | x_0) p~(x_0).
+The network gives p~(x_0): what the other places tell of x_0. Each place has its own noise, so they tell nothing of
+how x_t came about. Bayes' rule adds what x_t itself tells, q(x_t | x_0). That is the whole reverse process, at s = 0
+too, where it reads p(x_0 | x_t) ~ q(x_t | x_0) p~(x_0).
 
-The bound is that of ddpm.py; only the noise differs: pixels or characters are redrawn, or masked.
-L_t is the term of the step down from t, which the papers call L_{t-1}; that of t = 1 is L_0.
+The bound is that of ddpm.py. L_t is the term of the step down from t (the papers' L_{t-1}); that of t = 1 is L_0.
 
 [A] Austin et al. 2021, arXiv 2107.03006       [Ho] Hoogeboom et al. 2021, 2102.05379
 [U] Uria et al. 2014, 1310.1757 (any order)    [P] Peebles & Xie 2023, 2212.09748 (DiT, adaLN-Zero)
@@ -21,9 +20,9 @@ t, s          times, an int or int64 (B,), 0 <= s < t <= T; 0 is clean and T is 
 Q_{s->t}      (K, K); row i is q(x_t = . | x_s = i). Q_t is Q_{t-1->t}, Q_bar_t is Q_{0->t}
 model         any callable model(xt, t) -> logits (..., K) of p~(x_0)
 
-Every law is written for a step s -> t of any length, s = t - 1 when left out, so that a strided
-chain is the same code on fewer times. Probabilities are exact: zero is zero, and its log is -inf.
-Logs are natural; bounds and losses leave in bits per dimension, (B,).
+Every law is written for a step s -> t of any length, s = t - 1 when left out: a strided chain is the same code on
+fewer times. Probabilities are exact: zero is zero, and its log is -inf. Logs are natural; bounds and losses leave in
+bits per dimension, (B,).
 """
 import math
 import operator
@@ -36,23 +35,20 @@ from torch.nn import functional as F
 # ---------------------------------------------------------------- schedules: arrays of betas
 
 def cosine_betas(T):
-    """alpha_bar_t = f(t) / f(0), f(t) = cos((t/T + 0.008) / 1.008 pi/2), [Ho] -> (T,) float64; for uniform noise.
-
-    cos, where Gaussian diffusion has cos^2. beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999.
-    """
-    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2)
-    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    """alpha_bar_t ~ cos((t/T + 0.008) / 1.008 pi/2), [Ho], betas at most 0.999 -> (T,) float64; for uniform noise."""
+    alpha_bar = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2)
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 def linear_betas(T, start=None, stop=None):
-    """beta_t in equal steps -> (T,) float64; for discretised Gaussian noise.
+    """Evenly spaced -> (T,) float64, for discretised Gaussian noise.
 
-    From 0.1 / T to 20 / T, at most 1: the 1e-4..0.02 at T = 1000 of [A]'s image experiments, as destructive at
-    other T. Or between the ends that are given, as they are.
+    From 0.1 / T to 20 / T, at most 1 ([A]'s 1e-4..0.02 at T = 1000); start and stop, if given, as they are.
     """
-    betas = torch.linspace(0.1 / T if start is None else start, 20 / T if stop is None else stop, T,
-                           dtype=torch.float64)
-    return betas.clamp(max=1) if stop is None else betas
+    start = 0.1 / T if start is None else start
+    if stop is not None:
+        return torch.linspace(start, stop, T, dtype=torch.float64)
+    return torch.linspace(start, 20 / T, T, dtype=torch.float64).clamp(max=1)
 
 
 def mutual_information_betas(T):
@@ -67,6 +63,11 @@ def _table(values):
     return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
+def _like(table, x):
+    """A float64 table in x's dtype (the default one for int x), then on x's device: no float64 may reach mps."""
+    return table.to(x.dtype if x.is_floating_point() else torch.get_default_dtype()).to(x.device)
+
+
 def _betas(betas):
     """As a table, or ValueError."""
     betas = _table(betas)
@@ -75,35 +76,25 @@ def _betas(betas):
     return betas
 
 
+def _readable(x):
+    """False for a tensor on an accelerator: it is not checked, to avoid waiting for the device."""
+    return not isinstance(x, torch.Tensor) or x.device.type == "cpu"
+
+
 def _check_times(T, s, t, gap=0):
     """s (None: t - 1) and t, each an int or int64 () or (B,); ValueError unless 0 <= s <= t - gap and t <= T."""
     try:
-        s, t = (time if isinstance(time, torch.Tensor) else operator.index(time) for time in (t - 1 if s is None else s, t))
+        earlier = t - 1 if s is None else s
+        s, t = (time if isinstance(time, torch.Tensor) else operator.index(time) for time in (earlier, t))
         legal = all(isinstance(time, int) or time.dtype == torch.int64 and time.ndim < 2 for time in (s, t))
     except TypeError:
         legal = False
     if not legal:
         raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}")
-    # Times on an accelerator are not checked, to avoid waiting for it.
-    low, high = (time if isinstance(time, int) or time.device.type == "cpu" else bound for time, bound in ((s, 0), (t, T)))
+    low, high = s if _readable(s) else 0, t if _readable(t) else T
     if not torch.as_tensor((0 <= low) & (low <= high - gap) & (high <= T), device="cpu").all():
         raise ValueError(f"need {gap} <= t <= T = {T} and 0 <= s < t, got t = {t}, s = {s}")
     return s, t
-
-
-def _to(coefficient, x):
-    """A float64 coefficient in x's dtype on x's device, in that order: no float64 may reach mps."""
-    return coefficient.to(x.dtype).to(x.device)
-
-
-def _default(table, x):
-    """A float64 table in the default dtype on x's device."""
-    return table.to(torch.get_default_dtype()).to(x.device)
-
-
-def _log(p):
-    """log p, and -inf with gradient 0 where p is 0."""
-    return torch.where(p > 0, torch.where(p > 0, p, 1.0).log(), -math.inf)
 
 
 def _logaddexp(a, b):
@@ -116,15 +107,14 @@ def _kl(log_q, log_p):
     return (log_q.exp() * (log_q - log_p).masked_fill(log_q == -math.inf, 0.0)).sum(-1)
 
 
-def _pick(Q, x):
-    """Row x of Q (B, K, K) or (1, K, K), for int x (B, ...) -> (B, ..., K)."""
-    example = torch.arange(len(Q), device=x.device).reshape(-1, *[1] * (x.ndim - 1))
-    return Q[example, x].reshape(*x.shape, Q.shape[-1])
+def _mean(x):
+    """(B, ...) -> (B,): the mean over the dimensions of each example."""
+    return x.reshape(len(x), math.prod(x.shape[1:])).mean(1)
 
 
-def _by_matrix(Q, x):
-    """x (B, ..., K) as (len(Q), places, K), to be multiplied by Q (B, K, K) or (1, K, K)."""
-    return x.reshape(len(Q), x.numel() // max(len(Q) * x.shape[-1], 1), x.shape[-1])
+def _bits(nats):
+    """(B, ...) nats -> (B,) bits per dimension."""
+    return _mean(nats) / math.log(2)
 
 
 def categorical(p):
@@ -135,9 +125,15 @@ def categorical(p):
 # ---------------------------------------------------------------- transitions: what the noise does
 
 class Transition(nn.Module):
-    """What both kinds share: T, K, the stationary distribution (K,), and tables that stay float64.
+    """What a kind of noise says, for int x and xt (...), and float64 tables that it looks up.
 
-    They follow .to(device), but not .half(), and they stay on the CPU for mps, which has no float64.
+    T, K, stationary (K,), mask (None without one)
+    matrix(s, t)              Q_{s->t} for ints s <= t, (K, K) float64
+    rows(x, s, t)             q(x_t | x_s = x), (..., K); for probabilities x (..., K): x Q_{s->t}
+    columns(x, s, t)          q(x_t = x | x_s = k) for every k, (..., K): the likelihood of each state
+    log_rows, log_columns     their logs; log_rows takes log-probabilities x (..., K)
+    log_entry(x, xt, s, t)    log q(x_t = xt | x_s = x), (...), or log of its mean over log-probabilities x (..., K)
+    draw(x, s, t)             a draw of q(x_t | x_s = x), int64 (...)
     """
 
     def __init__(self, T, **tables):
@@ -150,36 +146,34 @@ class Transition(nn.Module):
             raise ValueError(f"stationary must be probabilities that sum to 1, got {self.stationary}")
 
     def _apply(self, fn, recurse=True):
+        """Follow .to(device), but stay float64 under .half(); for mps, which has no float64, stay on the CPU."""
         self.device = fn(torch.empty(0, device=self.device)).device
         for name, table in self._buffers.items():
             self._buffers[name] = table.to("cpu" if self.device.type == "mps" else self.device)
         return self
 
+    def _times(self, s, t):
+        """s (None: t - 1) and t, checked, on the device of the tables."""
+        times = _check_times(self.T, s, t)
+        return [time.to(self.stationary.device) if isinstance(time, torch.Tensor) else time for time in times]
+
     def sample_prior(self, shape):
         """x_T drawn from the stationary distribution, int64 of the given shape."""
-        pi, n = _default(self.stationary, torch.empty(0, device=self.device)), math.prod(shape)
+        pi, n = _like(self.stationary, torch.empty(0, device=self.device)), math.prod(shape)
         return torch.multinomial(pi, max(n, 1), replacement=True)[:n].reshape(shape)
-
-    def log_entry(self, x, xt, s, t):
-        """log q(x_t = xt | x_s = x), x int (...), or the log of its mean over log-probabilities x (..., K) -> (...)."""
-        log_columns = self.log_columns(xt, s, t)
-        if x.is_floating_point():
-            return (log_columns + x).logsumexp(-1)
-        return log_columns.gather(-1, x[..., None])[..., 0]
 
     def posterior_kl(self, x0, log_guess, xt, s, t):
         """KL of q(x_s | x_t, x_0) from the same with a guess (..., K) for x_0, summed over the states; nats (...)."""
         log_columns, earlier = self.log_columns(xt, s, t), t - 1 if s is None else s
-        return _kl(*((log_columns + self.log_rows(x, 0, earlier)).log_softmax(-1) for x in (x0, log_guess)))
+        log_q = (log_columns + self.log_rows(x0, 0, earlier)).log_softmax(-1)
+        return _kl(log_q, (log_columns + self.log_rows(log_guess, 0, earlier)).log_softmax(-1))
 
 
 class MixingTransition(Transition):
     """Q_t = (1 - beta_t) I + beta_t 1 pi^T: stay, or be drawn anew from pi. No table of K x K.
 
-    Such matrices multiply to their like: Q_{s->t} = a I + (1 - a) 1 pi^T, a = alpha_bar[t] / alpha_bar[s],
-    alpha_bar_t = prod (1 - beta_i). So each row and column is one shared vector and one other entry.
-
-    betas (T,) in (0, 1], stationary pi (K,). ValueError for others.
+    Such matrices multiply to their like: Q_{s->t} = a I + b 1 pi^T, a = alpha_bar[t] / alpha_bar[s], b = 1 - a.
+    So each row and column is one shared vector and one other entry. ValueError for betas outside (0, 1].
     """
 
     def __init__(self, betas, stationary):
@@ -192,16 +186,12 @@ class MixingTransition(Transition):
 
     @property
     def alpha_bar(self):
-        """The share of places never redrawn up to t, (T+1,) float64; alpha_bar[0] = 1."""
+        """prod_{i <= t} (1 - beta_i), the share of places never redrawn up to t, (T+1,) float64."""
         return self.log_alpha_bar.exp()
 
     def mix(self, s, t, ndim=0):
-        """a = alpha_bar[t] / alpha_bar[s] and 1 - a, float64, () or (B, 1, ...) with ndim ones.
-
-        s None is t - 1. 0 / 0 is 0, except at s = t: the identity.
-        """
-        s, t = (time.to(self.log_alpha_bar.device) if isinstance(time, torch.Tensor) else time
-                for time in _check_times(self.T, s, t))
+        """a and b of Q_{s->t}, float64, () or (B, 1, ...) with ndim ones. 0 / 0 is 0, but 1 at s = t."""
+        s, t = self._times(s, t)
         log_a = self.log_alpha_bar[t] - self.log_alpha_bar[s]
         lost = log_a.isnan()
         log_a = log_a.masked_fill(lost & (s != t), -math.inf).masked_fill(lost & (s == t), 0.0)
@@ -209,54 +199,49 @@ class MixingTransition(Transition):
         return log_a.exp(), -torch.expm1(log_a)
 
     def matrix(self, s, t):
-        """Q_{s->t} for ints s <= t, (K, K) float64."""
         a, b = self.mix(s, t)
         return a * torch.eye(self.K, dtype=a.dtype, device=a.device) + b * self.stationary
 
     def rows(self, x, s, t):
-        """q(x_t | x_s = x) for int x (...); x Q_{s->t} for probabilities x (..., K) -> (..., K)."""
         if x.is_floating_point():
             a, b = self.mix(s, t, x.ndim - 1)
-            return _to(a, x) * x + _to(b * self.stationary, x) * x.sum(-1, keepdim=True)
-        a, b, pi = (_default(v, x) for v in (*self.mix(s, t, x.ndim), self.stationary))
+            return _like(a, x) * x + _like(b * self.stationary, x) * x.sum(-1, keepdim=True)
+        a, b, pi = (_like(v, x) for v in (*self.mix(s, t, x.ndim), self.stationary))
         return (b * pi).expand(*x.shape, self.K).scatter_add(-1, x[..., None], a.expand(*x.shape, 1))
 
     def log_rows(self, x, s, t):
-        """The log of rows, for int x (...) or log-probabilities x (..., K), added as logs: nothing underflows."""
+        """Log-probabilities are added as logs: nothing underflows."""
         if not x.is_floating_point():
             return self.rows(x, s, t).log()
         a, b = self.mix(s, t, x.ndim - 1)
-        return _logaddexp(_to(a.log(), x) + x, _to((b * self.stationary).log(), x))
+        return _logaddexp(_like(a.log(), x) + x, _like((b * self.stationary).log(), x))
 
     def columns(self, x, s, t):
-        """q(x_t = x | x_s = k) for every k: the likelihood of each state, x int (...) -> (..., K)."""
-        a, b, pi = (_default(v, x) for v in (*self.mix(s, t, x.ndim), self.stationary))
+        a, b, pi = (_like(v, x) for v in (*self.mix(s, t, x.ndim), self.stationary))
         return (b * pi[x[..., None]]).expand(*x.shape, self.K).scatter_add(-1, x[..., None], a.expand(*x.shape, 1))
 
     def log_columns(self, x, s, t):
-        """The log of columns."""
         return self.columns(x, s, t).log()
 
     def log_entry(self, x, xt, s, t):
-        """As above, at O(1) a place."""
         a, b = self.mix(s, t, xt.ndim - 1)
         redrawn = b * self.stationary[xt.to(b.device)]
         if not x.is_floating_point():
-            return _default((a * (x == xt).to(a.device) + redrawn).log(), x)
-        return _logaddexp(_to(a.log(), x) + x.gather(-1, xt[..., None])[..., 0], _to(redrawn.log(), x))
+            return _like((a * (x == xt).to(a.device) + redrawn).log(), x)
+        return _logaddexp(_like(a.log(), x) + x.gather(-1, xt[..., None])[..., 0], _like(redrawn.log(), x))
 
     def posterior_kl(self, x0, log_guess, xt, s, t):
-        """The same KL in one pass over K.
+        """The same KL in one pass over K, for pi without zeros.
 
         Both are q(x_t|x_s) times something: r = q(x_s|x_0), and u, its mean over the guess. In the logarithm
         q(x_t|x_s) cancels: KL = E_q[log r - log u] + log(Z_u / Z_r), Z the normalisers. And only x_0 and x_t
-        differ from the other states, so that E_q is a mean under pi and two terms. (Not where some pi is 0.)
+        differ from the other states, so that E_q is a mean under pi and two terms.
         """
         if not self.reaches_all:
             return super().posterior_kl(x0, log_guess, xt, s, t)
         s = t - 1 if s is None else s
-        coefficients = *self.mix(0, s, x0.ndim - 1), *self.mix(s, t, x0.ndim - 1)
-        (a, b, c, d), pi = (_to(v, log_guess) for v in coefficients), _to(self.stationary, log_guess)
+        coefficients = *self.mix(0, s, x0.ndim - 1), *self.mix(s, t, x0.ndim - 1), self.stationary
+        a, b, c, d, pi = (_like(v, log_guess) for v in coefficients)
         log_u0, log_ut = (self.log_entry(log_guess, x, 0, s) for x in (x0, xt))
         pi0, r0, rt = b * pi[x0], a + b * pi[x0], a * (x0 == xt) + b * pi[xt]
         # At s = 0 u is the guess itself and may underflow, but b = 0 and only u0 and ut count.
@@ -266,20 +251,18 @@ class MixingTransition(Transition):
                 - b * (u.log() @ pi))
         redrawn = d * pi[xt]
         Z, log_Z_u = redrawn + c * rt, _logaddexp(c.log() + log_ut, redrawn.log())
-        return (redrawn * (a * (r0.log() - log_u0) + mean) + c * (torch.xlogy(rt, rt) - rt * log_ut)) / Z \
-            + log_Z_u - Z.log()
+        total = redrawn * (a * (r0.log() - log_u0) + mean) + c * (torch.xlogy(rt, rt) - rt * log_ut)
+        return total / Z + log_Z_u - Z.log()
 
     def draw(self, x, s, t):
-        """A draw of q(x_t | x_s = x), int64 (...), at O(1) a place."""
         _, b = self.mix(s, t, x.ndim - 1)
-        return torch.where(torch.rand(x.shape, device=x.device) < _default(b, x), self.sample_prior(x.shape), x)
+        return torch.where(torch.rand(x.shape, device=x.device) < _like(b, x), self.sample_prior(x.shape), x)
 
 
 class DenseTransition(Transition):
     """Any row-stochastic matrices (T, K, K). Two tables: Q_t and Q_bar_t, and the products of one strided grid.
 
-    stationary None: the mean row of Q_bar_T, which is uniform where the matrices are doubly stochastic.
-    ValueError where a row is not probabilities that sum to 1.
+    stationary None: the mean row of Q_bar_T. ValueError where a row is not probabilities that sum to 1.
     """
 
     def __init__(self, matrices, stationary=None):
@@ -297,68 +280,81 @@ class DenseTransition(Transition):
         self._products = {}
 
     def matrix(self, s, t):
-        """Q_{s->t} = Q_{s+1} ... Q_t for ints s <= t, (K, K) float64."""
         s, t = _check_times(self.T, s, t)
         if s == 0 or s == t:
             return self.Q_bar[t - s]
         if s == t - 1:
             return self.Q[t]
-        if (s, t, self.device) not in self._products:
+        key = s, t, self.device
+        if key not in self._products:
             if len(self._products) >= self.T:
                 self._products.clear()
-            self._products[s, t, self.device] = torch.linalg.multi_dot(list(self.Q[s + 1:t + 1]))
-        return self._products[s, t, self.device]
+            self._products[key] = torch.linalg.multi_dot(list(self.Q[s + 1:t + 1]))
+        return self._products[key]
 
     def _matrices(self, s, t):
         """Q_{s->t} for each example, float64 (B, K, K), or (1, K, K) for ints.
 
-        s None is t - 1. A tensor t with a tensor s is read back, and waits for an accelerator.
+        One look-up where s is None (t - 1) or 0; for others times are read back, which waits for an accelerator.
         """
-        times = _check_times(self.T, s, t)
-        if isinstance(times[0], int) and isinstance(times[1], int):
-            return self.matrix(*times)[None]
+        earlier, t = self._times(s, t)
         if s is None:
-            return self.Q[t.to(self.Q.device)].reshape(-1, self.K, self.K)
-        if isinstance(s, int) and s == 0:
-            return self.Q_bar[t.to(self.Q.device)].reshape(-1, self.K, self.K)
-        pairs = torch.stack(torch.broadcast_tensors(*map(torch.as_tensor, times)), dim=-1).reshape(-1, 2).tolist()
+            return self.Q[t].reshape(-1, self.K, self.K)
+        if isinstance(earlier, int) and earlier == 0:
+            return self.Q_bar[t].reshape(-1, self.K, self.K)
+        if isinstance(earlier, int) and isinstance(t, int):
+            return self.matrix(earlier, t)[None]
+        times = (torch.as_tensor(time, device=self.Q.device).reshape(-1) for time in (earlier, t))
+        pairs = torch.stack(torch.broadcast_tensors(*times), dim=1).tolist()
         return torch.stack([self.matrix(s, t) for s, t in pairs])
 
+    def _places(self, x):
+        """x (B, ..., K) as (B, places, K)."""
+        return x.reshape(len(x), math.prod(x.shape[1:-1]), self.K)
+
+    def _pick(self, Q, x):
+        """Row x of Q (B, K, K) or (1, K, K) -> (B, ..., K)."""
+        example = torch.arange(len(Q), device=x.device).reshape(-1, *[1] * (x.ndim - 1))
+        return _like(Q, x)[example, x].reshape(*x.shape, self.K)
+
     def rows(self, x, s, t):
-        """q(x_t | x_s = x) for int x (...); x Q_{s->t} for probabilities x (..., K) -> (..., K)."""
         Q = self._matrices(s, t)
         if x.is_floating_point():
-            return (_by_matrix(Q, x) @ _to(Q, x)).reshape(x.shape)
-        return _pick(_default(Q, x), x)
+            return (self._places(x) @ _like(Q, x)).reshape(x.shape)
+        return self._pick(Q, x)
 
     def log_rows(self, x, s, t):
-        """The log of rows, for int x (...) or log-probabilities x (..., K).
+        """Finite wherever the noise reaches, however small the log-probabilities x.
 
-        Where the sum over those underflows, what stays in its state still counts, as a log; and a state where nothing
-        stays gets the smallest of floats, if the noise reaches it at all. So nothing that can be ends at -inf.
+        Where the sum underflows, what stays in its state counts, as a log. Where nothing stays, a tiny number stands.
         """
         Q = self._matrices(s, t)
         if not x.is_floating_point():
-            return _pick(_default(Q.log(), x), x)
+            return self._pick(Q.log(), x)
         if isinstance(s, int) and isinstance(t, int) and s == t:
             return x
         stay, tiny = Q.diagonal(dim1=-2, dim2=-1)[:, None], torch.finfo(x.dtype).tiny
         least = 1e8 * tiny * ((stay == 0) & (Q.sum(-2, keepdim=True) > 0))
-        log_p = _by_matrix(Q, x)
-        total = torch.baddbmm(_to(least, x), log_p.exp(), _to(Q, x))
-        log_stay = log_p + _to(stay.log(), x)
+        log_p = self._places(x)
+        total = log_p.exp() @ _like(Q, x) + _like(least, x)
+        log_stay = log_p + _like(stay.log(), x)
         return torch.where(total > tiny, total.clamp(min=tiny).log(), log_stay).reshape(x.shape)
 
     def columns(self, x, s, t):
-        """q(x_t = x | x_s = k) for every k: the likelihood of each state, x int (...) -> (..., K)."""
-        return _pick(_default(self._matrices(s, t), x).mT, x)
+        return self._pick(self._matrices(s, t).mT, x)
 
     def log_columns(self, x, s, t):
-        """The log of columns, taken in float64, where far states have not yet underflowed."""
-        return _pick(_default(self._matrices(s, t).log(), x).mT, x)
+        """Taken in float64, where far states have not yet underflowed."""
+        return self._pick(self._matrices(s, t).log().mT, x)
+
+    def log_entry(self, x, xt, s, t):
+        log_columns = self.log_columns(xt, s, t)
+        if x.is_floating_point():
+            return (log_columns + x).logsumexp(-1)
+        return log_columns.gather(-1, x[..., None])[..., 0]
 
     def draw(self, x, s, t):
-        """A draw of q(x_t | x_s = x), int64 (...), by its distribution function: faster than torch.multinomial."""
+        """By inverting the distribution function: faster than torch.multinomial."""
         below = self.rows(x, s, t).cumsum(-1)
         share = torch.rand(x.shape, dtype=below.dtype, device=x.device)[..., None] * below[..., -1:]
         return (below <= share).sum(-1)
@@ -380,9 +376,7 @@ def absorbing_transition(K, betas, mask=None):
 def gaussian_transition(K, betas):
     """Move to near states, [A] appendix A.2.3: doubly stochastic, for ordinal data such as grey levels.
 
-        Q_t[i, j] = exp(-4 (i - j)^2 / ((K - 1)^2 beta_t)) / sum_{n = -(K-1)}^{K-1} exp(-4 n^2 / ((K - 1)^2 beta_t))
-
-    for i != j; the diagonal is what is left of 1.
+    Q_t[i, j] = w(i - j) where i != j, with w(n) ~ exp(-4 n^2 / ((K - 1)^2 beta_t)) and sum 1 over n = -(K-1)..K-1.
     """
     n = torch.arange(-(K - 1), K, dtype=torch.float64)
     weights = torch.softmax(-4 * n ** 2 / ((K - 1) ** 2 * _betas(betas)[:, None]), dim=1)
@@ -396,8 +390,7 @@ def gaussian_transition(K, betas):
 def neighbour_transition(embeddings, betas, k):
     """Move to states whose embeddings (K, D) are near, [A] appendix A.2.4: doubly stochastic, for words.
 
-    Q_t = exp(beta_t R), the rates R = A - diag(A 1) with A = (G + G^T) / 2k and G[i, j] = 1 where j is one
-    of the k nearest neighbours of i. ValueError for fewer than k + 1 embeddings.
+    Q_t = exp(beta_t R), rates R = A - diag(A 1), A = (G + G^T) / 2k, G[i, j] = 1 for the k nearest neighbours j of i.
     """
     embeddings, betas = _table(embeddings), _betas(betas)
     K = len(embeddings)
@@ -426,11 +419,7 @@ def truncated_logistic(mean, log_scale, K):
 class D3PM(nn.Module):
     """The chain and its laws over a transition family. It holds no network.
 
-    The network's p~(x_0) is what the other places tell of x_0. The reverse process is then exact for the leave-one-out
-    denoiser, whose logits are log p(x_0 | x_t) - log q(x_t | x_0) up to a constant: see p_reverse.
-
-    ValueError for a time outside 1..T or a state outside 0..K-1 (for data: the mask), but not on an accelerator,
-    to avoid waiting for it.
+    ValueError for a time outside 1..T or a state outside 0..K-1 (for data: the mask), but not on an accelerator.
     """
 
     def __init__(self, transition):
@@ -443,23 +432,24 @@ class D3PM(nn.Module):
         return self.transition.device
 
     def _states(self, x, data=True):
-        """x, after ValueError for what is no state (where it can be read without waiting)."""
+        """x, or ValueError if it holds what is no state."""
         if x.dtype != torch.int64:
             raise ValueError(f"states must be int64, got {x.dtype}")
-        if x.device.type == "cpu" and x.numel():
+        if _readable(x) and x.numel():
             if x.min() < 0 or x.max() >= self.K:
                 raise ValueError(f"states must lie in 0..{self.K - 1}, got {x.min()}..{x.max()}")
             if data and self.transition.mask is not None and (x == self.transition.mask).any():
                 raise ValueError(f"data holds state {self.transition.mask}, which is the mask")
         return x
 
-    def _times(self, x, t, s=None):
-        """t and s (None: t - 1) as int64 (B,) on x's device."""
-        s, t = _check_times(self.T, s, t, gap=1)
-        if any(isinstance(time, torch.Tensor) and time.shape not in ((), x.shape[:1]) for time in (t, s)):
-            raise ValueError(f"a time is an int or int64 (B,) = {tuple(x.shape[:1])}, got t = {t}, s = {s}")
-        return [time.to(x.device).expand(len(x)) if isinstance(time, torch.Tensor)
-                else torch.full(x.shape[:1], time, device=x.device) for time in (t, s)]
+    def _time(self, xt, t):
+        """t as a network takes it: int64 (B,) on xt's device."""
+        _, t = _check_times(self.T, None, t, gap=1)
+        if not isinstance(t, torch.Tensor):
+            return torch.full(xt.shape[:1], t, device=xt.device)
+        if t.shape not in ((), xt.shape[:1]):
+            raise ValueError(f"a time is an int or int64 (B,) = {tuple(xt.shape[:1])}, got t = {t}, s = {t - 1}")
+        return t.to(xt.device).expand(len(xt))
 
     # -------- forward process q
 
@@ -476,10 +466,9 @@ class D3PM(nn.Module):
         return self.transition.draw(self._states(x0), 0, t)
 
     def q_posterior(self, x0, xt, t, s=None):
-        """Log-probabilities of q(x_s | x_t, x_0), [A] eq. 3, (B, ..., K).
+        """Log-probabilities of q(x_s | x_t, x_0) = q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0), [A] eq. 3, (B, ..., K).
 
-        Bayes' rule with x_0 in the condition: q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0). x0 is int (B, ...), or
-        log-probabilities (B, ..., K) to average q(x_s | x_0) over. -inf everywhere for an impossible pair.
+        x0 is int (B, ...), or log-probabilities (B, ..., K) to average q(x_s | x_0) over. -inf for an impossible pair.
         """
         _check_times(self.T, s, t, gap=1)
         x0 = x0 if x0.is_floating_point() else self._states(x0)
@@ -491,7 +480,7 @@ class D3PM(nn.Module):
 
     def _guess(self, model, xt, t):
         """log p~(x_0), what the other places tell, (B, ..., K): the softmax of the logits, and never the mask."""
-        logits = model(self._states(xt, data=False), self._times(xt, t)[0])
+        logits = model(self._states(xt, data=False), self._time(xt, t))
         if logits.shape != (*xt.shape, self.K):
             raise ValueError(f"the network must return logits {(*xt.shape, self.K)}, got {tuple(logits.shape)}")
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -504,49 +493,42 @@ class D3PM(nn.Module):
         log_p = self.q_posterior(log_guess, xt, t, s)
         if self.transition.mask is None:
             return log_p
-        # By Bayes' rule a place that is not masked is x_0. Said outright for a known place at a time when q would have
-        # masked it for sure.
-        return torch.where((xt == self.transition.mask)[..., None], log_p, _log(F.one_hot(xt, self.K).to(log_p)))
+        # By Bayes' rule what is not masked is x_0. Said outright, for a known place where all should be masked by now.
+        return torch.where((xt == self.transition.mask)[..., None], log_p, F.one_hot(xt, self.K).to(log_p).log())
 
     def p_x0(self, model, xt, t):
         """Log-probabilities of p(x_0 | x_t) ~ q(x_t | x_0) p~(x_0), (B, ..., K): p_reverse down to s = 0."""
-        return self._reverse(self._guess(model, xt, t), xt, t, 0)
+        return self.p_reverse(model, xt, t, 0)
 
     def p_reverse(self, model, xt, t, s=None):
         """Log-probabilities of p(x_s | x_t), [A] eq. 4, (B, ..., K).
 
-        Proportional to the sum over x_0 of q(x_s, x_t | x_0) p~(x_0) = q(x_t | x_s) sum q(x_s | x_0) p~(x_0), p~ the
-        softmax of the logits: q_posterior with a guess for x_0. Exact, at every s, where p~ is p(x_0 | x_t) / q(x_t | x_0).
-        A network that says p(x_0 | x_t) itself is used as lambda xt, t: net(xt, t) - transition.log_columns(xt, 0, t).
+        Proportional to the sum over x_0 of q(x_s, x_t | x_0) p~(x_0): q_posterior with p~ for x_0. Exact, at every s,
+        for the leave-one-out denoiser, whose logits are log p(x_0 | x_t) - log q(x_t | x_0) up to a constant. So a
+        network that says p(x_0 | x_t) itself is used as lambda xt, t: net(xt, t) - transition.log_columns(xt, 0, t).
         """
         return self._reverse(self._guess(model, xt, t), xt, t, s)
 
     # -------- losses and the bound
 
     def prior_kl(self, x0):
-        """L_T = KL(q(x_T | x_0) || stationary), [A] eq. 1, bits per dimension (B,).
-
-        Infinite for masks that do not cover everything at T.
-        """
+        """L_T = KL(q(x_T | x_0) || stationary), [A] eq. 1, bits per dimension (B,); infinite if masks miss a place."""
         log_q = self.transition.log_rows(self._states(x0), 0, self.T)
-        return _bits(_kl(log_q, _to(self.transition.stationary.log(), log_q)))
+        return _bits(_kl(log_q, _like(self.transition.stationary.log(), log_q)))
 
     def vlb_term(self, model, x0, xt, t, s=None):
-        """One term of the bound, KL(q(x_s | x_t, x_0) || p(x_s | x_t)), [A] eq. 1, bits per dimension (B,).
-
-        At s = 0, where q is the point x_0, that is L_0 = -log p(x_0 | x_t).
-        """
+        """KL(q(x_s | x_t, x_0) || p(x_s | x_t)), [A] eq. 1, bits per dimension (B,); at s = 0: -log p(x_0 | x_t)."""
         return self._vlb_term(self._guess(model, xt, t), x0, xt, t, s)
 
     def _vlb_term(self, log_guess, x0, xt, t, s=None):
         x0, transition = self._states(x0), self.transition
         _check_times(self.T, s, t, gap=1)
         if transition.mask is not None:
-            # The KL of masks is a cross-entropy: a masked place shows its x_0 at s with probability
-            # (alpha_bar[s] - alpha_bar[t]) / (1 - alpha_bar[t]), whatever x_0 is; one without a mask costs nothing.
+            # The KL of masks is a cross-entropy: a place masked at t shows x_0 at s with probability
+            # (alpha_bar[s] - alpha_bar[t]) / (1 - alpha_bar[t]), and a place that is not masked costs nothing.
             mix, ndim = transition.mix, xt.ndim - 1
             shown = mix(0, t - 1 if s is None else s, ndim)[0] * mix(s, t, ndim)[1] / mix(0, t, ndim)[1]
-            return _bits(_to(shown, log_guess) * self._cross_entropy(log_guess, x0, xt, t))
+            return _bits(_like(shown, log_guess) * self._cross_entropy(log_guess, x0, xt, t))
         return _bits(transition.posterior_kl(x0, log_guess, xt, s, t))
 
     def _cross_entropy(self, log_guess, x0, xt, t):
@@ -573,10 +555,7 @@ class D3PM(nn.Module):
         return self.T * self.vlb_term(model, x0, xt, t)
 
     def loss_hybrid(self, model, x0, t=None, xt=None, ce_weight=1e-3):
-        """L_t + ce_weight times the cross-entropy of x_0, bits per dimension (B,): [A]'s code.
-
-        In its eq. 5 L_vb is the whole sum, T times the mean of this L_t.
-        """
+        """L_t + ce_weight times the cross-entropy of x_0, as in [A]'s code (its eq. 5 has the whole sum for L_t)."""
         t, xt = self._noised(x0, t, xt)
         log_guess = self._guess(model, xt, t)
         cross_entropy = _bits(self._cross_entropy(log_guess, x0, xt, t))
@@ -586,8 +565,8 @@ class D3PM(nn.Module):
     def bits_per_dim(self, model, x0, steps=None):
         """The whole bound on -log2 p(x0) / D, with one draw of x_t for each term; no gradient.
 
-        -> dict in bits per dimension: total (B,) = prior (B,) + terms.sum(1); terms (B, n) in the order
-        S_1..S_n, so that terms[:, 0] is L_0; and x0_error (B, n), the share of places guessed wrong.
+        -> dict: total (B,) = prior (B,) + terms.sum(1), terms (B, n) in the order S_1..S_n, terms[:, 0] being L_0, and
+        x0_error (B, n), the share of places guessed wrong.
         """
         terms, errors, grid = [], [], [0, *self.timesteps(steps)]
         for s, t in zip(grid, grid[1:]):
@@ -603,8 +582,7 @@ class D3PM(nn.Module):
     def timesteps(self, steps=None):
         """The grid S_1 < ... < S_n = T, a list of ints.
 
-        steps is None (all of 1..T), a number n (n evenly spaced times, both ends kept), or an
-        increasing list that ends at T. ValueError for anything else.
+        steps is None (all of 1..T), a number n (evenly spaced, both ends kept), or an increasing list that ends at T.
         """
         T = self.T
         try:
@@ -629,7 +607,7 @@ class D3PM(nn.Module):
         """xs with the known places (known >= 0) put in: as they are among masks, else noised to time s."""
         if known is None:
             return xs
-        if known.device.type == "cpu":
+        if _readable(known):
             self._states(known[known >= 0])
         known = known.to(xs.device).expand(xs.shape)
         data = known.clamp(min=0)
@@ -637,10 +615,7 @@ class D3PM(nn.Module):
 
     @torch.no_grad()
     def sample_progressive(self, model, shape, steps=None, known=None):
-        """Yields (s, xs, log p(x_0|x_t)) after every step, from noise at T down to a sample at s = 0.
-
-        known, int64 and -1 where free, holds places fixed: infilling for text, inpainting for images.
-        """
+        """Yields (s, xs, log p(x_0|x_t)) after every step, down to a sample at s = 0. known: int64, -1 where free."""
         grid = [0, *self.timesteps(steps)]
         xs = self._hold(self.transition.sample_prior(shape), known, self.T)
         for s, t in zip(grid[-2::-1], grid[::-1]):
@@ -656,10 +631,9 @@ class D3PM(nn.Module):
 
     @torch.no_grad()
     def sample_any_order(self, model, shape, order=None, known=None):
-        """One place a step, each drawn given all before it: an autoregressive model in any order [U].
+        """Masks only: one place a step, each drawn given all before it, as an autoregressive model in any order [U].
 
-        order is a permutation of the D places of an example, (D,) or (B, D), random when left out. With
-        T = D the network sees as many masks as time tells it. ValueError unless the family is absorbing.
+        order is a permutation of the D places of an example, (D,) or (B, D), random when left out.
         """
         mask = self.transition.mask
         if mask is None:
@@ -667,26 +641,15 @@ class D3PM(nn.Module):
         xs = self._hold(torch.full(shape, mask, device=self.device), known, self.T)
         flat = xs.reshape(len(xs), -1)
         D = flat.shape[1]
-        if order is not None and order.device.type == "cpu" and not (order.sort().values == torch.arange(D)).all():
+        if order is not None and _readable(order) and not (order.sort().values == torch.arange(D)).all():
             raise ValueError(f"order must hold each place 0..{D - 1} once, got {order.tolist()}")
         order = torch.rand(flat.shape, device=self.device).argsort(1) if order is None else order.expand(flat.shape)
         for place in order.to(self.device).split(1, dim=1):
-            masked = flat == mask
-            t = (masked.sum(1) * self.T / D).ceil().long().clamp(1, self.T)
+            t = ((flat == mask).sum(1) * self.T / D).ceil().long().clamp(1, self.T)       # the time with as many masks
             log_p0 = self.p_x0(model, flat.reshape(shape), t).reshape(len(xs), D, self.K)
             drawn = categorical(log_p0.gather(1, place[..., None].expand(-1, -1, self.K)).exp())
             flat = flat.scatter(1, place, drawn)
         return flat.reshape(shape)
-
-
-def _mean(x):
-    """(B, ...) -> (B,): the mean over the dimensions of each example."""
-    return x.reshape(len(x), math.prod(x.shape[1:])).mean(1)
-
-
-def _bits(nats):
-    """(B, ...) nats -> (B,) bits per dimension."""
-    return _mean(nats) / math.log(2)
 
 
 # ---------------------------------------------------------------- guidance
@@ -694,8 +657,7 @@ def _bits(nats):
 def guided(model, y, weight):
     """A model(xt, t) out of model(xt, t, y): logits pushed towards the labels y, int64 (B,), [G] eq. 6.
 
-    (1 + weight) times the logits given y minus weight times those without a label, in one call on a doubled batch. So
-    p~(x_0) is proportional to p(x_0 | rest) p(y | x_0, rest)^(1 + weight): weight 0 is the network given y, -1 without.
+    Its p~(x_0) ~ p(x_0 | rest) p(y | x_0, rest)^(1 + weight): weight 0 is the network given y, -1 without a label.
     """
     def pushed(xt, t):
         logits = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, -1)]))
@@ -715,10 +677,8 @@ def pixel_outputs(K):
 class PixelLogits(nn.Module):
     """Any image network as a network for D3PM: model(xt, t) -> logits (B, C, H, W, K) of p~(x_0).
 
-    net    takes (B, 2C, H, W), states as grey values in [-1, 1] and then 1 where a pixel is masked (its grey is 0),
-           and returns (B, C pixel_outputs(K), H, W). More than 32 states have the logits of a truncated logistic
-           around x_t, [A] appendix A.8.
-    mask   None, or K - 1, the last state: ValueError for another
+    net maps (B, 2C, H, W), grey values in [-1, 1] and then 1 where masked, to (B, C pixel_outputs(K), H, W). Above 32
+    states its output is a truncated logistic around x_t, [A] appendix A.8. mask is None or K - 1, else ValueError.
     """
 
     def __init__(self, net, K, mask=None):
@@ -755,11 +715,7 @@ def zero(module):
 
 
 def rotate(x):
-    """Rotary position embedding (RoPE, Su et al. 2021, 2104.09864) of queries or keys x (..., N, dim).
-
-    Pairs of features turn by angles in proportion to the place, so that the product of a query and a key depends on
-    how far apart their places are.
-    """
+    """Rotary position embedding (RoPE, Su et al. 2021, 2104.09864) of queries or keys x (..., N, dim)."""
     N, half = x.shape[-2], x.shape[-1] // 2
     angles = timestep_embedding(torch.arange(N, device=x.device), 2 * half, max_period=1000).to(x.dtype)
     cos, sin = angles.chunk(2, dim=-1)
@@ -768,10 +724,9 @@ def rotate(x):
 
 
 class Block(nn.Module):
-    """On (B, N, width): a depthwise convolution over the places, self-attention, and a two-layer network.
+    """On (B, N, width): depthwise convolution, then self-attention and a two-layer network under adaLN-Zero, [P].
 
-    Time and label scale, shift and gate the last two (adaLN-Zero, [P]). The convolution is this file's addition: the
-    nearest places tell most about a place, and attention alone learns that late.
+    The convolution is this file's addition: the nearest places tell most, and attention alone learns that late.
     """
 
     def __init__(self, width, heads, dropout):
@@ -796,29 +751,27 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A bidirectional Transformer: model(xt, t, y=None) -> logits (B, ..., K) of p~(x_0).
+    """A bidirectional Transformer: model(xt, t, y=None) -> logits (B, ..., K) of p~(x_0), all 0 at the start.
 
-    shape     of one example: (L,) tokens, each a place, or (C, H, W), where patch x patch pixels are a place
-    width, depth, heads   of the blocks
-    classes   number of labels; y is int64 (B,), -1 where there is no label, as everywhere if left out
-
-    ValueError for sizes that do not fit, and for labels outside -1..classes-1. Its first output is 0: all alike.
+    shape is one example's: (L,) tokens, or (C, H, W), where patch x patch pixels are one place. Labels y are int64
+    (B,) in 0..classes-1, or -1 for none, as everywhere if left out. ValueError for sizes or labels that do not fit.
     """
 
     def __init__(self, K, shape, width=256, depth=6, heads=4, patch=4, dropout=0.0, classes=0):
         super().__init__()
         if len(shape) not in (1, 3):
             raise ValueError(f"shape must be (L,) or (C, H, W), got {tuple(shape)}")
-        if width % 2 or width % heads or len(shape) == 3 and (shape[1] % patch or shape[2] % patch):
+        # Tokens are handled as an image of one row, in patches of one pixel.
+        self.image, self.patch = ((1, 1, *shape), 1) if len(shape) == 1 else (tuple(shape), patch)
+        C, H, W = self.image
+        if width % 2 or width % heads or H % self.patch or W % self.patch:
             raise ValueError(f"width={width} must be even and a multiple of heads={heads}, and H and W of "
                              f"{tuple(shape)} multiples of patch={patch}")
         self.K, self.shape, self.width, self.classes = K, tuple(shape), width, classes
-        self.patch = patch if len(shape) == 3 else 1
-        cells = shape[0] * patch ** 2 if len(shape) == 3 else 1
-        places = math.prod(shape) // cells
+        cells = C * self.patch ** 2
         self.embed = nn.Embedding(K, width if cells == 1 else 16)
         self.enter = nn.Linear(cells * self.embed.embedding_dim, width)
-        self.position = nn.Parameter(0.02 * torch.randn(places, width))
+        self.position = nn.Parameter(0.02 * torch.randn(C * H * W // cells, width))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(width), zero(nn.Linear(width, cells * K))
@@ -827,23 +780,19 @@ class Transformer(nn.Module):
     def forward(self, x, t, y=None):
         if x.shape[1:] != self.shape:
             raise ValueError(f"this Transformer takes (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        if y is not None and (y.dtype != torch.int64 or y.shape != x.shape[:1] or y.device.type == "cpu"
-                              and not ((-1 <= y) & (y < self.classes)).all()):
+        if y is not None and (y.dtype != torch.int64 or y.shape != x.shape[:1]
+                              or _readable(y) and not ((-1 <= y) & (y < self.classes)).all()):
             raise ValueError(f"labels must be int64 ({len(x)},) in -1..{self.classes - 1}, got {y}")
-        B, p = len(x), self.patch
+        (C, H, W), p = self.image, self.patch
         emb = self.time(timestep_embedding(t, self.width).to(self.position.dtype))
         if self.label is not None:
             emb = emb + self.label(torch.zeros_like(t) if y is None else y + 1)
-        if len(self.shape) == 3:
-            C, H, W = self.shape
-            x = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
-        h = self.enter(self.embed(x).reshape(B, len(self.position), -1)) + self.position
+        x = x.reshape(-1, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
+        h = self.enter(self.embed(x).flatten(3).flatten(1, 2)) + self.position
         for block in self.blocks:
             h = block(h, emb)
-        logits = self.out(self.norm(h))                                    # (B, places, cells K)
-        if len(self.shape) == 3:
-            logits = logits.reshape(B, H // p, W // p, C, p, p, self.K).permute(0, 3, 1, 4, 2, 5, 6)
-        return logits.reshape(B, *self.shape, self.K)
+        logits = self.out(self.norm(h)).reshape(-1, H // p, W // p, C, p, p, self.K)
+        return logits.permute(0, 3, 1, 4, 2, 5, 6).reshape(-1, *self.shape, self.K)
 
 
 # ---------------------------------------------------------------- a toy on two letters
@@ -853,18 +802,14 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     K, T, n, steps = 4, 20, 20000, 800
-    true = torch.tensor([[8, 1, 0, 1], [0, 6, 2, 0], [1, 0, 9, 0], [3, 0, 0, 5]]) / 36
+    true = torch.tensor([[8, 1, 0, 1], [0, 6, 2, 0], [1, 0, 9, 0], [3, 0, 0, 5]]).flatten() / 36
     model = Transformer(K, (2,), width=32, depth=1, heads=1)
     diffusion = D3PM(uniform_transition(K, cosine_betas(T)))
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
-    def data(n):
-        word = torch.multinomial(true.flatten(), n, replacement=True)
-        return torch.stack([word // K, word % K], dim=1)
-
     for step in range(1, steps + 1):
-        loss = diffusion.loss_vlb(model, data(256)).mean()
+        word = torch.multinomial(true, 256, replacement=True)
+        loss = diffusion.loss_vlb(model, torch.stack([word // K, word % K], dim=1)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -872,13 +817,15 @@ def main():
         if step % 100 == 0:
             print(f"step {step}  bound {loss.item():.3f} bits/letter")
 
-    x0 = diffusion.sample(model, (n, 2))
-    learnt = torch.bincount(x0[:, 0] * K + x0[:, 1], minlength=K * K).reshape(K, K) / n
+    first, second = diffusion.sample(model, (n, 2)).unbind(1)
+    learnt = torch.bincount(first * K + second, minlength=K * K) / n
     print("\nlearnt / true, in percent")
-    for i in range(K):
-        print("   ".join(f"{'abcd'[i]}{'abcd'[j]} {100 * learnt[i, j]:5.1f} / {100 * true[i, j]:4.1f}" for j in range(K)))
-    entropy = torch.distributions.Categorical(true.flatten()).entropy() / math.log(2) / 2
-    bound = diffusion.bits_per_dim(model, data(n))["total"].mean()
+    cells = [f"{'abcd'[i // K]}{'abcd'[i % K]} {100 * learnt[i]:5.1f} / {100 * true[i]:4.1f}" for i in range(K * K)]
+    for i in range(0, K * K, K):
+        print("   ".join(cells[i:i + K]))
+    word = torch.multinomial(true, n, replacement=True)
+    bound = diffusion.bits_per_dim(model, torch.stack([word // K, word % K], dim=1))["total"].mean()
+    entropy = torch.distributions.Categorical(true).entropy() / math.log(2) / 2
     print(f"\nbound {bound:.3f} bits/letter, entropy {entropy:.3f}: the gap is what T = {T} factorised steps lose")
 
 
