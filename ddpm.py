@@ -448,8 +448,8 @@ def _labels(y, x, classes=math.inf):
     """y; ValueError unless it is int64 (B,) in -1..classes-1, the numbers not being read on a GPU."""
     fits = classes and isinstance(y, torch.Tensor) and y.dtype == torch.int64 and y.shape == x.shape[:1]
     if not fits or y.device.type == "cpu" and not ((-1 <= y) & (y < classes)).all():
-        raise ValueError(f"labels of {classes} classes must be int64 {tuple(x.shape[:1])} in -1..{classes - 1}, got "
-                         + str(y).replace("\n", ""))
+        raise ValueError(f"labels must be int64 {tuple(x.shape[:1])}, each -1 or below the number of classes, {classes}, "
+                         "got " + str(y).replace("\n", ""))
     return y
 
 
