@@ -868,23 +868,22 @@ def test_learned_noise_has_finite_gradients_at_every_time(betas, shape, seed, pr
 @settings(max_examples=4 * EXAMPLES)
 def test_small_steps_leave_the_two_ends_of_the_schedule(x0, bend, shift):
     """[Kingma et al. 2021] As T grows, L_2 + ... + L_T goes to the integral of E |x_0 - x0_hat|^2 d SNR / 2
-    between the two ends, for a network that is told the noise level: its gradient in the betas between
-    goes to 0 like 1 / T; in an end it is the integrand there. Not so for a network that is told t."""
+    between the two ends, for a network that is told the noise level: its gradient in a bend of the schedule
+    between them goes to 0 like 1 / T, in an end to the integrand there."""
     eps, weight = (v.view(-1, 1) for v in quadrature(torch.tensor(-8.0), torch.tensor(8.0), 60))
     weight = weight * Normal(0.0, 1.0).log_prob(eps).exp()
 
     def guess(x, alpha_bar):
         return torch.tanh(x + 2 * alpha_bar + shift)
 
-    def gradients(T, told):
+    def gradients(T):
         leaves = first, last, inner = torch.tensor([-3.0, 3.0, bend]).requires_grad_().unbind()
         u = torch.linspace(0, 1, T)
         alpha_bar = torch.sigmoid(-(first + (last - first) * (u + inner * u * (1 - u))))
         betas = 1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]])
         d, t = ddpm.GaussianDiffusion(betas, "x0", 0), torch.arange(2, T + 1).repeat(len(eps))
-        level = d.alpha_bar if told == "level" else torch.linspace(1, 0, T + 1)
         data, z = torch.full((len(t), 1), x0), eps.repeat_interleave(T - 1, 0)
-        terms = d.vlb_term(lambda x, t: guess(x, level[t][:, None]), data, d.q_sample(data, t, z), t)
+        terms = d.vlb_term(lambda x, t: guess(x, d.alpha_bar[t][:, None]), data, d.q_sample(data, t, z), t)
         return gradient((terms * weight.repeat_interleave(T - 1)).sum() * math.log(2), *leaves)
 
     def integrand(log_snr):
@@ -893,9 +892,9 @@ def test_small_steps_leave_the_two_ends_of_the_schedule(x0, bend, shift):
         error = x0 - guess(level.sqrt() * x0 + (1 - level).sqrt() * eps, level)
         return math.exp(log_snr) / 2 * (weight * error ** 2).sum()
 
-    (_, _, one), (first, last, two) = gradients(100, "level"), gradients(200, "level")
-    equal((two / one, first, last), (0.5, -integrand(3.0), integrand(-3.0)), atol=0.02, rtol=0.05)
-    equal(gradients(200, "t")[2] / gradients(100, "t")[2], 1.0, atol=0.1)
+    once, twice = gradients(100), gradients(200)
+    limits = tuple(2 * b - a for a, b in zip(once, twice))              # what is left goes like 1 / T^2
+    equal(limits, (-integrand(3.0), integrand(-3.0), 0.0), atol=5e-3, rtol=2e-3)
 
 
 @given(rates, st.lists(reals, min_size=1, max_size=3), st.integers(0, 255))
@@ -1165,7 +1164,7 @@ def test_labels_lower_the_bound(chain, points, prediction, f):
     """The mean over (x_0, y) of the bound given y is at most that of the bound without, each with the exact
     E[x_0 | x_t, y]: what is known of y need not be guessed."""
     betas, grid = chain
-    points = (torch.tensor(points) * 127.5 + 127.5).round() / 127.5 - 1                  # on the 256 levels
+    points = (torch.tensor(points) * 127.5 + 127.5).round() / 127.5 - 1                 # on the 256 levels
     eps, weight = (v.view(-1, 1) for v in quadrature(torch.tensor(-8.0), torch.tensor(8.0), 100))
     weight = (weight * Normal(0.0, 1.0).log_prob(eps).exp()).expand(-1, len(points)).reshape(-1)
     x0 = points.repeat(len(eps))[:, None]
@@ -1536,8 +1535,8 @@ def test_unet_says_which_sizes_it_takes(shape):
 
 @machinery
 @pytest.mark.parametrize("sizes", [
-    dict(attention=(-1,)), dict(attention=(2,)), dict(width=9, mults=(1,), attention=()), dict(width=0), dict(mults=()),
-    dict(mults=(1, 0)), dict(heads=3), dict(heads=0), dict(patch=0), dict(blocks=-1), dict(classes=-1)])
+    dict(attention=(-1,)), dict(attention=(2,)), dict(width=9, mults=(1,), attention=()), dict(width=0),
+    dict(mults=()), dict(mults=(1, 0)), dict(heads=3), dict(heads=0), dict(patch=0), dict(blocks=-1), dict(classes=-1)])
 def test_unet_says_which_sizes_there_are(sizes):
     """A size that does not fit is refused when the network is made."""
     refuses(lambda: tiny_unet(**sizes), "width.*attention.*heads")
@@ -1554,6 +1553,7 @@ def test_unet_says_which_labels_it_takes(y):
 
 @machinery
 @given(seeds)
+@settings(max_examples=5 * EXAMPLES)
 def test_unet_labels_shift_the_time_embedding(seed):
     """Each class has its own row, -1 (which is also meant by no y) another; a fresh network, and one without
     classes, are the same for all."""
