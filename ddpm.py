@@ -108,7 +108,7 @@ class GaussianDiffusion(nn.Module):
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         good = (betas > 0) & (betas < 1)
         if betas.ndim != 1 or not len(betas) or not good.all():
-            raise ValueError(f"betas must be (T,) in (0, 1), got {tuple(betas.shape)}, bad {betas[~good].tolist()[:3]}")
+            raise ValueError(f"betas must be (T,) in (0, 1), got {tuple(betas.shape)}: {betas[~good].tolist()[:3]}")
         if prediction not in ("eps", "x0", "v"):
             raise ValueError(f'prediction must be "eps", "x0" or "v", got {prediction!r}')
         if variance != "learned" and not (isinstance(variance, (int, float)) and 0 <= variance <= 1):
@@ -348,7 +348,7 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def p_sample(self, model, xt, t, s=None, noise=None, eta=None, clip=True):
-        """One reverse step -> a draw of x_s, and the x0_hat that it rests on; each (B, ...). At s = 0 no noise is added.
+        """One reverse step -> a draw of x_s, and the x0_hat that it rests on, (B, ...). No noise is added at s = 0.
         eta None: ancestral, p(x_s | x_t) with the model's own variance, [H] algorithm 2. 0 <= eta <= 1: DDIM, [S]
         eq. 12 with sigma^2 = eta^2 beta_tilde (eq. 16): 0 adds no noise, 1 is ancestral with beta_tilde; eps_hat is
         taken from the clipped x0_hat."""

@@ -1536,7 +1536,8 @@ def test_unet_says_which_sizes_it_takes(shape):
 @machinery
 @pytest.mark.parametrize("sizes", [
     dict(attention=(-1,)), dict(attention=(2,)), dict(width=9, mults=(1,), attention=()), dict(width=0),
-    dict(mults=()), dict(mults=(1, 0)), dict(heads=3), dict(heads=0), dict(patch=0), dict(blocks=-1), dict(classes=-1)])
+    dict(mults=()), dict(mults=(1, 0)), dict(heads=3), dict(heads=0), dict(patch=0), dict(blocks=-1),
+    dict(classes=-1)])
 def test_unet_says_which_sizes_there_are(sizes):
     """A size that does not fit is refused when the network is made."""
     refuses(lambda: tiny_unet(**sizes), "width.*attention.*heads")
