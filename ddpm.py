@@ -52,7 +52,8 @@ def cosine_beta_schedule(T, s=0.008):
 def normal_kl(mean1, log_var1, mean2, log_var2):
     """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise; tensors or numbers."""
     mean1, log_var1, mean2, log_var2 = _at_least_float32(mean1, log_var1, mean2, log_var2)
-    return 0.5 * (log_var2 - log_var1 - 1 + torch.exp(log_var1 - log_var2) + (mean1 - mean2) ** 2 * torch.exp(-log_var2))
+    square = (mean1 - mean2) ** 2 * torch.exp(-log_var2)
+    return 0.5 * (log_var2 - log_var1 - 1 + torch.exp(log_var1 - log_var2) + square)
 
 
 def _at_least_float32(*values):
@@ -105,9 +106,9 @@ class GaussianDiffusion(nn.Module):
     def __init__(self, betas, prediction="eps", variance="learned", levels=256):
         super().__init__()
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
-        wrong = betas[~((betas > 0) & (betas < 1))].tolist()
-        if betas.ndim != 1 or not len(betas) or wrong:
-            raise ValueError(f"betas must be (T,) numbers inside (0, 1), got {tuple(betas.shape)}, wrong: {wrong[:3]}")
+        good = (betas > 0) & (betas < 1)
+        if betas.ndim != 1 or not len(betas) or not good.all():
+            raise ValueError(f"betas must be (T,) in (0, 1), got {tuple(betas.shape)}: {betas[~good].tolist()[:3]}")
         if prediction not in ("eps", "x0", "v"):
             raise ValueError(f'prediction must be "eps", "x0" or "v", got {prediction!r}')
         if variance != "learned" and not (isinstance(variance, (int, float)) and 0 <= variance <= 1):
@@ -347,7 +348,7 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def p_sample(self, model, xt, t, s=None, noise=None, eta=None, clip=True):
-        """One reverse step -> a draw of x_s, and the x0_hat that it rests on; each (B, ...). At s = 0 no noise is added.
+        """One reverse step -> a draw of x_s, and the x0_hat that it rests on, (B, ...). No noise is added at s = 0.
         eta None: ancestral, p(x_s | x_t) with the model's own variance, [H] algorithm 2. 0 <= eta <= 1: DDIM, [S]
         eq. 12 with sigma^2 = eta^2 beta_tilde (eq. 16): 0 adds no noise, 1 is ancestral with beta_tilde; eps_hat is
         taken from the clipped x0_hat."""
@@ -365,7 +366,7 @@ class GaussianDiffusion(nn.Module):
         return mean + _to(variance.sqrt(), xt) * noise, x0_hat
 
     def _hold(self, xs, known, s):
-        """xs with the held places (known is no NaN) drawn anew from q(x_s | x_0): at s = 0 that is x_0 itself."""
+        """xs with the held places (known is no NaN) drawn anew from q(x_s | x_0), at s = 0 x_0 itself."""
         if known is None:
             return xs
         fits = known.ndim <= xs.ndim and all(n in (1, m) for n, m in zip(known.shape[::-1], xs.shape[::-1]))
@@ -448,8 +449,8 @@ def _labels(y, x, classes=math.inf):
     """y; ValueError unless it is int64 (B,) in -1..classes-1, the numbers not being read on a GPU."""
     fits = classes and isinstance(y, torch.Tensor) and y.dtype == torch.int64 and y.shape == x.shape[:1]
     if not fits or y.device.type == "cpu" and not ((-1 <= y) & (y < classes)).all():
-        raise ValueError(f"labels of {classes} classes must be int64 {tuple(x.shape[:1])} in -1..{classes - 1}, got "
-                         + str(y).replace("\n", ""))
+        raise ValueError(f"labels must be int64 {tuple(x.shape[:1])}, -1 or below the number of classes, {classes}, "
+                         "got " + str(y).replace("\n", ""))
     return y
 
 
@@ -543,7 +544,7 @@ class UNet(nn.Module):
                  heads=4, dropout=0.0, patch=1, fourier=(), classes=0):
         super().__init__()
         widths, time_dim, last = [width * m for m in mults], 4 * width, len(mults) - 1
-        if (not widths or min(channels, out_channels, heads, patch, blocks + 1, classes + 1, *widths) < 1 or width % 2
+        if (width % 2 or not widths or min(channels, out_channels, heads, patch, blocks + 1, classes + 1, *widths) < 1
                 or any(level not in range(last + 1) or widths[level] % heads for level in attention)):
             raise ValueError(f"need positive sizes, an even {width=}, {attention=} among the levels 0..{last}, and "
                              f"{heads=} that divide their channels, {widths}")
@@ -606,7 +607,6 @@ def main():
         return ((x0 + 1) * 127.5).round() / 127.5 - 1
 
     layers = nn.Sequential(nn.Linear(14 + 32, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), zero(nn.Linear(128, 4)))
-
     def model(xt, t):
         waves = [wave(k * math.pi * xt) for k in (1, 2, 4) for wave in (torch.sin, torch.cos)]
         return layers(torch.cat([4 * xt, *waves, timestep_embedding(20 * t, 32)], dim=1))

@@ -14,12 +14,15 @@ stand in the README's table law -> function -> test.
 """
 
 import ast
+import copy
 import functools
 import itertools
 import math
 import os
+import pickle
 import re
 import sys
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -41,6 +44,8 @@ settings.load_profile("proof")
 # For the tests that draw many samples or sum over every path: fewer examples, and no shrinking.
 few = settings(max_examples=5 * EXAMPLES, phases=[Phase.explicit, Phase.generate])
 torch.set_num_threads(1)
+# The laws hold for any reals, far outside [-1, 1] too, where ddpm.py warns.
+pytestmark = pytest.mark.filterwarnings("ignore:x0 reaches beyond")
 
 
 class TorchRandom:
@@ -334,6 +339,35 @@ def exact_for_gaussian_data(betas, m, c, grid):
         f = (log_var - small) / (large - small) if large != small else 1.0
         return torch.cat([(x - k * x0) / math.sqrt(v), torch.full_like(x, 2 * f - 1)], 1)
     return model
+
+
+def slope(f, betas, i):
+    """d f / d beta_i of a function of the list of betas, from four values: off by h^4."""
+    h = 1e-3 * min(betas[i], 1 - betas[i])
+    far, near, up, high = (f([*betas[:i], betas[i] + k * h, *betas[i + 1:]]) for k in (-2, -1, 1, 2))
+    return (8 * (up - near) - (high - far)) / (12 * h)
+
+
+class Labelled:
+    """x_0 is one of n points, each place on its own; point i has the label i mod classes."""
+
+    def __init__(self, points, betas, t, classes=2):
+        self.points, self.labels = torch.tensor(points), torch.arange(len(points)) % classes
+        self.betas, self.t, (self.k, self.v) = betas, t, walk(betas, 0, t)
+
+    def log_q(self, x, y):
+        """log q(x_t, x_0 = point i | y), y (B,) and -1 for no label, but for a constant: (..., n)."""
+        y = column(y, x)[..., None]
+        log_q = Normal(self.k * self.points, math.sqrt(self.v)).log_prob(x[..., None])
+        return torch.where((y < 0) | (y == self.labels), log_q, -INF)
+
+    def model(self, prediction):
+        """The network that knows E[x_0 | x_t, y]."""
+        def exact(x, t, y):
+            x0 = (self.log_q(x, y).softmax(-1) * self.points).sum(-1)
+            eps = (x - self.k * x0) / math.sqrt(self.v)
+            return coordinates(self.betas, self.t, x0, eps)[prediction]
+        return exact
 
 
 # ---------------------------------------------------------------- schedules
@@ -792,6 +826,77 @@ def test_bound_is_never_below_minus_log_p(betas, f, prediction, clip):
     equal((p.sum(), (-p.log2() - bound).clamp(min=0)), (1.0, 0.0), atol=1e-6)
 
 
+@given(chains(beta=st.floats(0.05, 0.9)), shapes, seeds, predictions, fractions)
+@example(([0.3, 0.5, 0.7], 0, 3), (2, 3), 1, "eps", 0.3)
+@example(([0.3, 0.5, 0.7], 0, 2), (2, 3), 1, "eps", 0.3)
+@example(([0.3], 0, 1), (2, 3), 1, "v", 0.3)
+def test_gradient_of_the_bound_in_the_betas_is_a_finite_difference(chain, shape, seed, prediction, f):
+    """d L_t / d beta_i and d L_T / d beta_i are those of the terms written out, x_t moving with beta."""
+    (betas, s, t), x0, eps = chain, data_on(256, shape, seed), normal(shape, seed)
+    leaf = torch.tensor(betas).requires_grad_()
+    d = ddpm.GaussianDiffusion(leaf, prediction, f)
+
+    def by_hand(betas):
+        xt = noised(betas, t, x0, eps)
+        return term(betas, s, t, x0, xt, guess(betas, t, xt, prediction), f).sum()
+
+    got = d.vlb_term(network, x0, d.q_sample(x0, t, eps), t, s, clip=False), d.prior_kl(x0)
+    for value, right in zip(got, (by_hand, lambda betas: prior_term(betas, x0).sum())):
+        equal(gradient(value, leaf)[0], [slope(right, betas, i) for i in range(len(betas))],
+              atol=1e-6, rtol=1e-6)                             # rounding over h, 5e-5 at least
+
+
+@given(st.lists(st.floats(1e-6, 1 - 1e-6), min_size=1, max_size=6), shapes, seeds,
+       st.sampled_from(["x0", "v"]), fractions | st.just("learned"))
+@example([0.9] * 800, (1,), 1, "v", 0.0)                        # alpha_bar_T = 1e-800
+def test_learned_noise_has_finite_gradients_at_every_time(betas, shape, seed, prediction, f):
+    """Each loss, L_T, the posterior and q have finite gradients in the betas, also where a variance is 0."""
+    leaf, T = torch.tensor(betas).requires_grad_(), len(betas)
+    d, t = ddpm.GaussianDiffusion(leaf, prediction, f), torch.arange(1, T + 1)
+    x0 = data_on(256, (T, *shape), seed)
+
+    def model(x, t):
+        return torch.cat([network(x, t)] * (2 if f == "learned" else 1), 1)
+
+    values = [d.prior_kl(x0), d.q_step(x0, t, t), d.q_sample(x0, t - 1), d.q_posterior(x0, x0, t, t - 1)[0],
+              d.q_posterior(x0, x0, t, 0)[1].exp(), d.loss_simple(model, x0, t), d.loss_vlb(model, x0, t),
+              d.loss_vlb(model, x0, t, s=0), d.loss_hybrid(model, x0, t)]
+    equal(torch.stack([gradient(value, leaf)[0] for value in values]).isfinite().double(), 1.0)
+
+
+@given(st.floats(-0.9, 0.9), st.floats(-0.6, 0.6), st.floats(-2, 2))
+@settings(max_examples=4 * EXAMPLES)
+def test_small_steps_leave_the_two_ends_of_the_schedule(x0, bend, shift):
+    """[Kingma et al. 2021] As T grows, L_2 + ... + L_T goes to the integral of E |x_0 - x0_hat|^2 d SNR / 2
+    between the two ends, for a network that is told the noise level: its gradient in a bend of the schedule
+    between them goes to 0 like 1 / T, in an end to the integrand there."""
+    eps, weight = (v.view(-1, 1) for v in quadrature(torch.tensor(-8.0), torch.tensor(8.0), 60))
+    weight = weight * Normal(0.0, 1.0).log_prob(eps).exp()
+
+    def guess(x, alpha_bar):
+        return torch.tanh(x + 2 * alpha_bar + shift)
+
+    def gradients(T):
+        leaves = first, last, inner = torch.tensor([-3.0, 3.0, bend]).requires_grad_().unbind()
+        u = torch.linspace(0, 1, T)
+        alpha_bar = torch.sigmoid(-(first + (last - first) * (u + inner * u * (1 - u))))
+        betas = 1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]])
+        d, t = ddpm.GaussianDiffusion(betas, "x0", 0), torch.arange(2, T + 1).repeat(len(eps))
+        data, z = torch.full((len(t), 1), x0), eps.repeat_interleave(T - 1, 0)
+        terms = d.vlb_term(lambda x, t: guess(x, d.alpha_bar[t][:, None]), data, d.q_sample(data, t, z), t)
+        return gradient((terms * weight.repeat_interleave(T - 1)).sum() * math.log(2), *leaves)
+
+    def integrand(log_snr):
+        """d SNR / d log SNR E |x_0 - x0_hat|^2 / 2 at an end."""
+        level = torch.sigmoid(torch.tensor(log_snr))
+        error = x0 - guess(level.sqrt() * x0 + (1 - level).sqrt() * eps, level)
+        return math.exp(log_snr) / 2 * (weight * error ** 2).sum()
+
+    once, twice = gradients(100), gradients(200)
+    limits = tuple(2 * b - a for a, b in zip(once, twice))              # what is left goes like 1 / T^2
+    equal(limits, (-integrand(3.0), integrand(-3.0), 0.0), atol=5e-3, rtol=2e-3)
+
+
 @given(rates, st.lists(reals, min_size=1, max_size=3), st.integers(0, 255))
 def test_one_step_is_a_variational_autoencoder(beta, said, level):
     """T = 1: total = KL(N(sqrt(1 - beta) x_0, beta) || N(0, 1)) - log p(x_0 | x_1)."""
@@ -986,6 +1091,96 @@ def test_langevin_takes_one_small_step_a_level_unless_told(x0):
     sampled(end - (1 - 2 * 0.16 ** 2) * start, 0.0, (2 * 0.16) ** 2)
 
 
+@given(grids(), arrays(), seeds, st.sampled_from([None, 0.0, 0.7]), st.booleans())
+def test_held_places_of_gaussian_data_end_as_they_are(chain, x0, seed, eta, clip):
+    """x_0 comes out exactly where it is known, and a number wherever it is NaN; nothing held, nothing changed."""
+    (betas, grid), free = chain, integers(2, x0.shape, seed) == 1
+    d, known = gaussian(betas, variance=0.5), torch.where(free, math.nan, x0)
+    result, x, y = (d.sample(network, x0.shape, grid, eta, clip, known=k) for k in (known, x0[:1], known.float()))
+    equal((torch.where(free, x0, result), x, torch.where(free, 0, y), result.isfinite().double()),
+          (x0, x0[:1].expand_as(x), torch.where(free, 0, x0.float()), 1.0), atol=0, rtol=0)
+
+
+@few
+@given(st.floats(-1, 1), st.sampled_from([[1, 3, 4], [2, 4], [1, 2, 3, 4]]))
+def test_held_places_follow_q_and_leave_independent_ones_alone(x0, grid):
+    """x_0 ~ N(0, I), the second place held: it is drawn from q(x_s | x_0) at each s, T included, apart from all
+    else; the first is drawn as if nothing were held. So it is exact where the places are independent."""
+    betas, seen = [0.3, 0.2, 0.5, 0.4], []
+    exact, n = exact_for_gaussian_data(betas, 0.0, 1.0, grid), 20000
+    last = gaussian(betas, variance="learned").sample(lambda x, t: seen.append(x) or exact(x, t), (n, 2), grid,
+                                                      clip=False, known=torch.tensor([math.nan, x0]))
+    before = torch.zeros(n)
+    for t, x in zip(grid[::-1], seen):
+        k, v = walk(betas, 0, t)
+        sampled(x, torch.tensor([0.0, k * x0]), torch.tensor([1.0, v]))
+        z = (x[:, 1] - k * x0) / math.sqrt(v)
+        equal(torch.stack([x[:, 0] * z, before * z]).mean(1) * math.sqrt(n), 0.0, atol=5)
+        before = z
+    sampled(last[:, 0], 0.0, 1 - backwards(betas, 0, grid[0], 0.0, 0.0, 1.0)[1])
+    equal(last[:, 1], x0, atol=0)
+
+
+# ---------------------------------------------------------------- guidance
+
+weights = st.sampled_from([0.0, -1.0]) | st.floats(-2, 4)
+POINTS = st.lists(st.floats(-1, 1), min_size=2, max_size=5)
+
+
+@given(chains(), POINTS, arrays(), seeds, predictions, weights)
+def test_guided_score_is_that_of_the_sharpened_density(chain, points, xt, seed, prediction, w):
+    """score = grad log q(x_t) + (1 + w) grad log q(y | x_t), x_0 one of n points with labels, y -1 for none."""
+    (betas, _, t), leaf, y = chain, xt.clone().requires_grad_(), integers(3, (len(xt),), seed) - 1
+    data = Labelled(points, betas, t)
+    log_q = data.log_q(leaf, 0 * y - 1).logsumexp(-1)
+    log_label = data.log_q(leaf, y).logsumexp(-1) - log_q                   # log q(y | x_t)
+    equal(gaussian(betas, prediction).score(ddpm.guided(data.model(prediction), y, w), xt, t),
+          *gradient(log_q + (1 + w) * log_label, leaf), rtol=1e-7)
+
+
+@given(shapes, seeds, st.booleans(), weights)
+def test_guidance_pushes_the_prediction_alone_in_one_call(shape, seed, learned, w):
+    """(1 + w) m(x, t, y) - w m(x, t, -1) for the prediction, m(x, t, y) for the variance; w = 0 is the network
+    given y and w = -1 the one without, exactly; one call, on 2B examples."""
+    shape, calls = (*shape, 2) if learned else shape, []
+    x, t, y = normal(shape, seed), 1 + integers(9, shape[:1], seed), integers(4, shape[:1], seed) - 1
+
+    def model(x, t, y):
+        calls.append((len(x), *y.tolist()))
+        halves = [torch.sin((2 + i) * x + column(t * (y + 2), x)) for i in range(1 + learned)]
+        return torch.cat(halves, 1) if learned else halves[0]
+
+    got = ddpm.guided(model, y, w)(x, t)
+    equal(torch.tensor(calls), [[2 * len(x), *y.tolist(), *[-1] * len(x)]])
+    pairs = [v.chunk(1 + learned, 1) if learned else (v,) for v in (got, model(x, t, y), model(x, t, 0 * y - 1))]
+    (got, *variance), (given, *share), (without, *_) = pairs
+    right = {0.0: given, -1.0: without}.get(w, (1 + w) * given - w * without)
+    equal((got, *variance), (right, *share), *[(0, 0), ()][w not in (0.0, -1.0)])
+
+
+@few
+@given(grids(longest=4, beta=st.floats(0.05, 0.9)), POINTS, st.sampled_from(["x0", "v"]), st.sampled_from([0.0, 1.0]))
+def test_labels_lower_the_bound(chain, points, prediction, f):
+    """The mean over (x_0, y) of the bound given y is at most that of the bound without, each with the exact
+    E[x_0 | x_t, y]: what is known of y need not be guessed."""
+    betas, grid = chain
+    points = (torch.tensor(points) * 127.5 + 127.5).round() / 127.5 - 1                 # on the 256 levels
+    eps, weight = (v.view(-1, 1) for v in quadrature(torch.tensor(-8.0), torch.tensor(8.0), 100))
+    weight = (weight * Normal(0.0, 1.0).log_prob(eps).exp()).expand(-1, len(points)).reshape(-1)
+    x0 = points.repeat(len(eps))[:, None]
+    bounds = []
+    for labelled in (True, False):
+        total = 0.0
+        for s, t in steps_of(grid):
+            data = Labelled(points.tolist(), betas, t)
+            y = data.labels.repeat(len(eps)) if labelled else torch.full((len(x0),), -1)
+            xt = noised(betas, t, x0, eps.expand(-1, len(points)).reshape(-1, 1))
+            model = ddpm.guided(data.model(prediction), y, 0.0)
+            total += (weight * gaussian(betas, prediction, f).vlb_term(model, x0, xt, t, s)).sum()
+        bounds.append(total)
+    equal((bounds[0] - bounds[1]).clamp(min=0), 0.0)
+
+
 # ---------------------------------------------------------------- numbers, batches, devices, errors
 
 @given(st.sampled_from([ddpm.linear_beta_schedule, ddpm.cosine_beta_schedule,
@@ -1083,8 +1278,74 @@ def test_gaussian_diffusion_runs_on_another_device(variance):
     on_meta((3, 2, 8, 8), *d.q_marginal(x, 0), *d.q_posterior(x, x, t, 0), *d.p_reverse(net, x, t),
             d.score(net, x, t), d.q_step(x, 0, t), d.sample(net, x.shape, 2),
             d.ddim_encode(net, x, 2), d.langevin(net, x.shape, 2),
-            d.sample(net, x.shape, [3], eta=0.5),
+            d.sample(net, x.shape, [3], eta=0.5), d.sample(net, x.shape, 2, known=x[:1]),
+            d.sample(ddpm.guided(lambda x, t, y: net(x, t), t, 1.0), x.shape, 2),
             *[v for step in d.sample_progressive(net, x.shape, [1, 3]) for v in step[1:]])
+
+
+@machinery
+def test_learned_noise_runs_on_another_device_and_fixed_noise_is_copied():
+    """Betas that require grad go to meta with their graph; without grad there is no graph, and copies work."""
+    leaf, x = torch.tensor([0.1] * 3).requires_grad_(), torch.zeros(2, 4, device="meta")
+    d = ddpm.GaussianDiffusion(leaf, variance=0.5).to("meta")
+    on_meta((2,), d.loss_vlb(network, x) + d.prior_kl(x))
+    fixed = gaussian([0.1] * 3)
+    for other in (copy.deepcopy(fixed), pickle.loads(pickle.dumps(fixed))):
+        equal(other.alpha_bar, fixed.alpha_bar, atol=0)
+    holds(d.half().alpha_bar.requires_grad and not fixed.alpha_bar.requires_grad)
+
+
+@machinery
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("schedule", [ddpm.linear_beta_schedule, ddpm.cosine_beta_schedule])
+def test_losses_take_half_precision(dtype, schedule):
+    """Finite losses and gradients at every t of T = 4000, where 1 / sigma^2 is above the largest float16."""
+    d, t, weight = ddpm.GaussianDiffusion(schedule(4000)), torch.arange(1, 4001), torch.ones((), dtype=dtype)
+    x0, weight = data_on(256, (4000, 2), 1).to(dtype), weight.requires_grad_()
+    for loss in (d.loss_simple, d.loss_vlb, d.loss_hybrid):
+        value = loss(lambda x, t: torch.cat([weight * x, x], 1), x0, t)
+        equal(torch.stack([*value, *gradient(value.float().mean(), weight)]).isfinite().double(), 1.0)
+    equal(ddpm.discretized_gaussian_log_likelihood(x0, x0, x0), ddpm.discretized_gaussian_log_likelihood(
+        *[x0.float()] * 3), atol=0)
+
+
+@machinery
+@pytest.mark.parametrize("shape", [(0,), (0, 2), (0, 2, 4, 4)])
+def test_a_batch_of_none_has_losses_of_none(shape):
+    """B = 0: shapes (0,) and (0, n) come out, and no error."""
+    x0, d = torch.zeros(shape), gaussian([0.1] * 3, variance=0.5)
+    bound = d.bits_per_dim(network, x0, 2)
+    shapes = [v.shape for v in (d.loss_simple(network, x0), d.loss_vlb(network, x0), d.loss_hybrid(network, x0),
+                                bound["total"], bound["terms"].sum(1), d.vlb_term(network, x0, x0, 3))]
+    holds(set(shapes) == {(0,)} and bound["terms"].shape == (0, 2) and d.sample(network, shape).shape == shape)
+
+
+@machinery
+@given(st.integers(1, 9))
+def test_times_and_grids_may_be_numpys_and_torchs(T):
+    """A number of steps, a grid and a time are what they are in any integer type."""
+    d, x, z = gaussian([0.1] * T), torch.ones(2, 3), torch.ones(2, 3)
+    for number in (np.int64(T), np.int32(T), np.array(T), torch.tensor(T, dtype=torch.int32)):
+        equal(d.timesteps(number), d.timesteps(T))
+    for grid in (np.array([T]), torch.tensor([T]), (torch.tensor(T),), [np.int64(T)], range(T, T + 1)):
+        equal(d.timesteps(grid), [T])
+    for t in (np.int64(T), [T, T], np.array([T, T]), torch.tensor(T), torch.tensor([T, T])):
+        equal(d.q_sample(x, t, z), d.q_sample(x, T, z), atol=0)
+
+
+@machinery
+def test_data_on_another_scale_are_noticed():
+    """Pixels of 0..255, or 0..2, warn in losses, in the bound and where they are held; [-1, 1] does not."""
+    d, x = gaussian([0.1] * 3, variance=0.5), data_on(256, (2, 3), 1)
+    calls = d.loss_simple, d.loss_vlb, d.loss_hybrid, d.bits_per_dim, \
+        lambda network, x: d.sample(network, x.shape, known=x)
+    for call in calls:
+        for scaled in (127.5 * x + 127.5, x + 1):
+            with pytest.warns(UserWarning, match=r"\[-1, 1\]"):
+                call(network, scaled)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(network, x)
 
 
 @machinery
@@ -1112,10 +1373,21 @@ def refuses(call, words):
         holds(False, "nothing was raised")
 
 
+def unlabelled(x, t, y):
+    return x
+
+
+def labelled(y):
+    """A guided model with these labels."""
+    return ddpm.guided(unlabelled, torch.tensor(y), 1.0)
+
+
 X = torch.zeros(2, 4)
 GAUSSIAN_ERRORS = {
     "betas of 0": ("betas", lambda d: gaussian([0.0, 0.1])),
     "betas of 1": ("betas", lambda d: gaussian([0.1, 1.0])),
+    "one bad beta among good ones": ("betas.*1.5", lambda d: gaussian([0.1, 1.5, 0.2])),
+    "one beta that is no number": ("betas.*nan", lambda d: gaussian([0.1, math.nan, 0.2])),
     "betas that are no numbers": ("betas", lambda d: gaussian([math.nan])),
     "no betas": ("betas", lambda d: gaussian([])),
     "betas in a square": ("betas", lambda d: gaussian([[0.1, 0.1], [0.1, 0.1]])),
@@ -1140,6 +1412,11 @@ GAUSSIAN_ERRORS = {
     "v above T": ("T = 4.*5", lambda d: d.predict_v(X, X, 5)),
     "half a time": ("1.5", lambda d: d.q_sample(X, 1.5)),
     "times that are floats": ("int", lambda d: d.q_sample(X, torch.tensor([1.0, 2.0]))),
+    "a time in words": ("now", lambda d: d.q_sample(X, "now")),
+    "no time": ("None", lambda d: d.q_sample(X, None)),
+    "a list of half times": ("1.5", lambda d: d.q_sample(X, [1.5, 2.0])),
+    "a list of times for another batch": ("3", lambda d: d.loss_vlb(network, X, [1, 2, 3])),
+    "times in a column": ("B", lambda d: d.q_sample(X, torch.tensor([[1], [2]]))),
     "times for another batch": ("3", lambda d: d.q_sample(X, torch.tensor([1, 2, 3]))),
     "s = t": ("s < t", lambda d: d.p_reverse(network, X, 2, 2)),
     "s above t": ("s < t", lambda d: d.q_posterior(X, X, torch.tensor([1, 2]), 2)),
@@ -1149,6 +1426,16 @@ GAUSSIAN_ERRORS = {
     "no steps": ("steps", lambda d: d.timesteps(0)),
     "an empty grid": ("steps", lambda d: d.timesteps([])),
     "a grid that stops short of T": ("T = 4", lambda d: d.bits_per_dim(network, X, [1, 3])),
+    "half a number of steps": ("steps.*2.5", lambda d: d.timesteps(2.5)),
+    "a grid of fractions": ("steps.*1.5", lambda d: d.timesteps([1.5, 4.0])),
+    "a grid in words": ("steps.*all", lambda d: d.timesteps("all")),
+    "known numbers that are whole": ("known.*int64", lambda d: d.sample(network, (2, 4), known=X.long())),
+    "known numbers of another shape": (r"known.*\(3,\)", lambda d: d.sample(network, (2, 4), known=torch.zeros(3))),
+    "known numbers with one dimension more": ("known", lambda d: d.sample(network, (2, 4), known=X[None])),
+    "a label for another batch": ("labels.*2", lambda d: d.score(labelled([0]), X, 1)),
+    "labels that are floats": ("labels.*int64", lambda d: d.score(labelled([0.0, 1.0]), X, 1)),
+    "labels below -1": ("labels.*-2", lambda d: d.score(labelled([0, -2]), X, 1)),
+    "labels that are no tensor": ("labels.*7", lambda d: d.score(ddpm.guided(unlabelled, 7, 1.0), X, 1)),
     "a grid that starts at 0": ("steps", lambda d: d.sample(network, (2, 4), [0, 4])),
     "a grid that stays": ("steps", lambda d: d.langevin(network, (2, 4), [2, 2, 4])),
     "C channels where 2C are due":
@@ -1247,30 +1534,78 @@ def test_unet_says_which_sizes_it_takes(shape):
 
 
 @machinery
+@pytest.mark.parametrize("sizes", [
+    dict(attention=(-1,)), dict(attention=(2,)), dict(width=9, mults=(1,), attention=()), dict(width=0),
+    dict(mults=()), dict(mults=(1, 0)), dict(heads=3), dict(heads=0), dict(patch=0), dict(blocks=-1),
+    dict(classes=-1)])
+def test_unet_says_which_sizes_there_are(sizes):
+    """A size that does not fit is refused when the network is made."""
+    refuses(lambda: tiny_unet(**sizes), "width.*attention.*heads")
+
+
+@machinery
+@pytest.mark.parametrize("y", [[0, 1, 4], [0, -2, 1], [0, 1], [[0], [1], [2]], [0.0, 1.0, 2.0], 1])
+def test_unet_says_which_labels_it_takes(y):
+    """Labels are int64 (B,) in -1..classes-1, and a network without classes takes none."""
+    x, t = torch.zeros(3, 1, 8, 8), torch.tensor([1, 2, 3])
+    refuses(lambda: tiny_unet(classes=4)(x, t, torch.tensor(y)), "labels must be int64.*4")
+    refuses(lambda: tiny_unet()(x, t, torch.tensor([0, -1, -1])), "labels.*classes, 0")
+
+
+@machinery
+@given(seeds)
+@settings(max_examples=5 * EXAMPLES)
+def test_unet_labels_shift_the_time_embedding(seed):
+    """Each class has its own row, -1 (which is also meant by no y) another; a fresh network, and one without
+    classes, are the same for all."""
+    net, fresh, plain = awake(tiny_unet(classes=3)), tiny_unet(classes=3), tiny_unet()
+    x, t, rows = normal((4, 1, 8, 8), seed), torch.tensor([5, 2, 5, 2]), net.label.weight
+    y = integers(4, (4,), seed) - 1
+    plain.load_state_dict({name: p for name, p in net.state_dict().items() if name != "label.weight"})
+    plain.double().time.register_forward_hook(lambda module, inputs, out: out + torch.stack([rows[i + 1] for i in y]))
+    equal((net(x, t, y), net(x, t)), (plain(x, t), net(x, t, torch.full((4,), -1))))
+    holds(not fresh.label.weight.any() and plain.label is None and len({*map(str, rows.tolist())}) == 4)
+
+
+@machinery
+def test_unet_without_classes_draws_the_weights_of_one_with():
+    """From the same seed: the table of labels is made last, and nothing of the plain network changes."""
+    weights = []
+    for classes in (0, 5):
+        torch.manual_seed(1)
+        weights.append(tiny_unet(classes=classes).state_dict())
+    equal(*(tuple(w[name] for name in weights[0]) for w in weights), atol=0)
+
+
+@machinery
 def test_unet_runs_on_another_device():
-    """Nothing in it is made on the CPU: data on meta come out on meta."""
+    """Nothing in it is made on the CPU: data on meta come out on meta, with labels and without."""
     x, t = torch.zeros(3, 2, 8, 8, device="meta"), torch.ones(3, dtype=torch.int64, device="meta")
-    on_meta((3, 4, 8, 8), tiny_unet(2, 4).to("meta")(x, t))
+    net = tiny_unet(2, 4, classes=3).to("meta")
+    on_meta((3, 4, 8, 8), tiny_unet(2, 4).to("meta")(x, t), net(x, t), net(x, t, t), ddpm.guided(net, t, 1.0)(x, t))
 
 
 @machinery
 def test_unet_examples_do_not_see_each_other():
-    """Changing one example, or its time, changes no other's output."""
-    net, x, t = awake(tiny_unet()), normal((3, 1, 8, 8), 1), torch.tensor([1, 2, 3])
+    """Changing one example, its time or its label changes no other's output, guided or not."""
+    net, x, t = awake(tiny_unet(classes=3)), normal((3, 1, 8, 8), 1), torch.tensor([1, 2, 3])
     other = torch.cat([x[:1], normal((2, 1, 8, 8), 2)])
-    equal(net(other, torch.tensor([1, 9, 7]))[0], net(x, t)[0], atol=1e-12)
+    y, labels = torch.tensor([1, 2, -1]), torch.tensor([1, 0, 0])
+    equal((net(other, torch.tensor([1, 9, 7]), labels)[0], ddpm.guided(net, labels, 2.0)(x, t)[0]),
+          (net(x, t, y)[0], ddpm.guided(net, y, 2.0)(x, t)[0]), atol=1e-12)
 
 
 @machinery
 def test_unet_uses_every_weight_every_pixel_and_the_time():
-    """No gradient is 0: of any parameter, of any pixel far from the one seen; and t matters."""
-    net, x, t = awake(tiny_unet()), normal((2, 1, 8, 8), 1).requires_grad_(), torch.tensor([3, 7])
-    out = net(x, t)
+    """No gradient is 0: of any parameter, of any pixel far from the one seen; t and y matter."""
+    net, x, t = awake(tiny_unet(classes=1)), normal((2, 1, 8, 8), 1).requires_grad_(), torch.tensor([3, 7])
+    out = net(x, t, torch.tensor([-1, 0]))
     (out * normal(out.shape, 2)).sum().backward(retain_graph=True)
     far, = gradient(out[0, 0, 0, 0], x)
     unused = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
     holds(not unused, f"not used: {unused}")
-    holds((far[0] != 0).all() and (net(x, t + 1) != out).all(), "a pixel, or the time, is not used")
+    for other in (net(x, t + 1, torch.tensor([-1, 0])), net(x, t, torch.tensor([0, -1]))):
+        holds((far[0] != 0).all() and (other != out).all(), "a pixel, the time or the label is not used")
 
 
 # ================================================================ d3pm.py
