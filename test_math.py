@@ -1844,11 +1844,13 @@ def test_extreme_logits_have_finite_losses_and_gradients(name, case, shape, seed
 @pytest.mark.parametrize("name", ["uniform", "absorbing", "gaussian", "neighbour"])
 def test_sure_networks_have_finite_losses_in_float32(name, sure_of):
     """The same for 256 levels in float32, betas from 1e-4 and logits of 1e4, where p~ Q and the far
-    entries of Q underflow, at every t."""
+    entries of Q underflow, at every t; for each x_t that can be, however rare."""
     torch.set_default_dtype(torch.float32)
     d, values = d3pm.D3PM(accepted(lambda: wide_transition(name))), []
     x0, t = integers(255, (6, 50), 1), torch.tensor([1, 2, 3] * 2)
-    xt = d.q_sample(x0, t)
+    can_be = torch.stack([d.transition.matrix(0, int(i))[x] > 0 for i, x in zip(t, x0)])
+    rare = torch.multinomial(can_be.flatten(0, 1).double(), 1).view(6, 50)        # q may be 1e-300
+    xt = torch.where(torch.arange(50) < 25, d.q_sample(x0, t), rare)
     state = {"x0": x0, "another state": (x0 + 100) % 255, "any state": integers(255, (6, 50), 2)}[sure_of]
     for loss in (d.loss_simple, d.loss_vlb, d.loss_hybrid):
         logits = 1e4 * torch.nn.functional.one_hot(state, 256).float()
@@ -2339,6 +2341,19 @@ def test_no_examples_give_no_losses(name):
               d.vlb_term(alike, x, x, 2, 0), bound["total"]]
     holds({tuple(v.shape) for v in losses} == {(0,)} and bound["terms"].shape == (0, 2), "not of shape (0,)")
     holds(d.sample(alike, (0, 4)).shape == (0, 4) and d.p_x0(alike, x, 1).shape == (0, 4, 3))
+
+
+@machinery
+@every_family
+def test_logits_of_half_precision_are_counted_in_float32(name):
+    """bfloat16 logits, as under autocast, give the losses of the same logits in float32."""
+    torch.set_default_dtype(torch.float32)
+    (x0, xt), d = Chain(name, 4, [0.3, 0.5], 1).draw((2, 3), 2, 1), Chain(name, 4, [0.3, 0.5], 1).diffusion
+    logits = normal((2, 3, 4), 1).bfloat16()
+    left, right = ([loss(lambda x, t: values, x0, 2, xt) for loss in (d.loss_simple, d.loss_vlb, d.loss_hybrid)]
+                   for values in (logits, logits.float()))
+    holds({v.dtype for v in left} == {torch.float32}, "the loss is not in float32")
+    equal(tuple(left), tuple(right), atol=0, rtol=0)
 
 
 @machinery
