@@ -2317,6 +2317,15 @@ def alike(x, t):
 
 
 @machinery
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2 ** -53])
+def test_what_has_probability_0_is_not_drawn_at_the_ends_of_the_uniform_draw(uniform, monkeypatch):
+    """torch.rand may return 0 itself: the first and last states are drawn only where they can be."""
+    Q, x = torch.tensor([[[0.0, 0.5, 0.5, 0.0]] * 4]), torch.arange(4)
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, uniform, **options))
+    equal(d3pm.D3PM(d3pm.DenseTransition(Q)).q_sample(x, 1), 1 if uniform == 0 else 2)
+
+
+@machinery
 @every_family
 def test_whole_numbers_of_any_kind_are_times_and_steps(name):
     """Times and numbers of steps may be int, np.int64, or a tensor without dimensions."""
@@ -2436,6 +2445,7 @@ DISCRETE_ERRORS = {
     "a list of times": (r"int.*\[1, 2\]", lambda d: d.loss_vlb(alike, S, [1, 2], S)),
     "a list of s": (r"int.*\[0, 0\]", lambda d: d.p_reverse(alike, S, 2, [0, 0])),
     "a square of times": ("int", lambda d: d.p_x0(alike, S, torch.ones(2, 2, dtype=torch.int64))),
+    "a square of times for q": ("int", lambda d: d.q_sample(S, torch.ones(2, 2, dtype=torch.int64))),
     "times for another batch": ("2", lambda d: d.p_x0(alike, S, torch.tensor([1, 2, 3]))),
     "s = t": ("s < t", lambda d: d.p_reverse(alike, S, 2, 2)),
     "s above t": ("s < t", lambda d: d.q_posterior(S, S, torch.tensor([1, 3]), 2)),
