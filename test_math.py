@@ -2179,11 +2179,13 @@ def test_extreme_logits_have_finite_losses_and_gradients(name, case, shape, seed
 @pytest.mark.parametrize("name", ["uniform", "absorbing", "gaussian", "neighbour"])
 def test_sure_networks_have_finite_losses_in_float32(name, sure_of):
     """The same for 256 levels in float32, betas from 1e-4 and logits of 1e4, where p~ Q and the far
-    entries of Q underflow, at every t."""
+    entries of Q underflow, at every t; for each x_t that can be, however rare."""
     torch.set_default_dtype(torch.float32)
     d, values = d3pm.D3PM(accepted(lambda: wide_transition(name))), []
     x0, t = integers(255, (6, 50), 1), torch.tensor([1, 2, 3] * 2)
-    xt = d.q_sample(x0, t)
+    can_be = torch.stack([d.transition.matrix(0, int(i))[x] > 0 for i, x in zip(t, x0)])
+    rare = torch.multinomial(can_be.flatten(0, 1).double(), 1).view(6, 50)        # q may be 1e-300
+    xt = torch.where(torch.arange(50) < 25, d.q_sample(x0, t), rare)
     state = {"x0": x0, "another state": (x0 + 100) % 255, "any state": integers(255, (6, 50), 2)}[sure_of]
     for loss in (d.loss_simple, d.loss_vlb, d.loss_hybrid):
         logits = 1e4 * torch.nn.functional.one_hot(state, 256).float()
@@ -2650,6 +2652,15 @@ def alike(x, t):
 
 
 @machinery
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2 ** -53])
+def test_what_has_probability_0_is_not_drawn_at_the_ends_of_the_uniform_draw(uniform, monkeypatch):
+    """torch.rand may return 0 itself: the first and last states are drawn only where they can be."""
+    Q, x = torch.tensor([[[0.0, 0.5, 0.5, 0.0]] * 4]), torch.arange(4)
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, uniform, **options))
+    equal(d3pm.D3PM(d3pm.DenseTransition(Q)).q_sample(x, 1), 1 if uniform == 0 else 2)
+
+
+@machinery
 @every_family
 def test_whole_numbers_of_any_kind_are_times_and_steps(name):
     """Times and numbers of steps may be int, np.int64, or a tensor without dimensions."""
@@ -2674,6 +2685,19 @@ def test_no_examples_give_no_losses(name):
               d.vlb_term(alike, x, x, 2, 0), bound["total"]]
     holds({tuple(v.shape) for v in losses} == {(0,)} and bound["terms"].shape == (0, 2), "not of shape (0,)")
     holds(d.sample(alike, (0, 4)).shape == (0, 4) and d.p_x0(alike, x, 1).shape == (0, 4, 3))
+
+
+@machinery
+@every_family
+def test_logits_of_half_precision_are_counted_in_float32(name):
+    """bfloat16 logits, as under autocast, give the losses of the same logits in float32."""
+    torch.set_default_dtype(torch.float32)
+    (x0, xt), d = Chain(name, 4, [0.3, 0.5], 1).draw((2, 3), 2, 1), Chain(name, 4, [0.3, 0.5], 1).diffusion
+    logits = normal((2, 3, 4), 1).bfloat16()
+    left, right = ([loss(lambda x, t: values, x0, 2, xt) for loss in (d.loss_simple, d.loss_vlb, d.loss_hybrid)]
+                   for values in (logits, logits.float()))
+    holds({v.dtype for v in left} == {torch.float32}, "the loss is not in float32")
+    equal(tuple(left), tuple(right), atol=0, rtol=0)
 
 
 @machinery
@@ -2756,6 +2780,7 @@ DISCRETE_ERRORS = {
     "a list of times": (r"int.*\[1, 2\]", lambda d: d.loss_vlb(alike, S, [1, 2], S)),
     "a list of s": (r"int.*\[0, 0\]", lambda d: d.p_reverse(alike, S, 2, [0, 0])),
     "a square of times": ("int", lambda d: d.p_x0(alike, S, torch.ones(2, 2, dtype=torch.int64))),
+    "a square of times for q": ("int", lambda d: d.q_sample(S, torch.ones(2, 2, dtype=torch.int64))),
     "times for another batch": ("2", lambda d: d.p_x0(alike, S, torch.tensor([1, 2, 3]))),
     "s = t": ("s < t", lambda d: d.p_reverse(alike, S, 2, 2)),
     "s above t": ("s < t", lambda d: d.q_posterior(S, S, torch.tensor([1, 3]), 2)),
