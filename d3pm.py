@@ -76,24 +76,19 @@ def _betas(betas):
 
 
 def _check_times(T, s, t, gap=0):
-    """s (None: t - 1) and t as ints or tensors; ValueError unless 0 <= s <= t - gap and t <= T."""
-    times = []
-    for time in (t - 1 if s is None else s, t):
-        if not isinstance(time, torch.Tensor):
-            try:
-                time = operator.index(time)
-            except TypeError:
-                raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}") from None
-        elif time.dtype != torch.int64 or time.ndim > 1:
-            raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}")
-        times.append(time)
-    # Times on an accelerator are not checked: reading them would wait for it.
-    early, late = (time if isinstance(time, int) or time.device.type == "cpu" else bound
-                   for time, bound in zip(times, (0, T)))
-    legal = torch.as_tensor((0 <= early) & (early <= late - gap) & (late <= T), device="cpu")
-    if not legal.all():
+    """s (None: t - 1) and t, each an int or int64 () or (B,); ValueError unless 0 <= s <= t - gap and t <= T."""
+    try:
+        s, t = (time if isinstance(time, torch.Tensor) else operator.index(time) for time in (t - 1 if s is None else s, t))
+        legal = all(isinstance(time, int) or time.dtype == torch.int64 and time.ndim < 2 for time in (s, t))
+    except TypeError:
+        legal = False
+    if not legal:
+        raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}")
+    # Times on an accelerator are not checked, to avoid waiting for it.
+    low, high = (time if isinstance(time, int) or time.device.type == "cpu" else bound for time, bound in ((s, 0), (t, T)))
+    if not torch.as_tensor((0 <= low) & (low <= high - gap) & (high <= T), device="cpu").all():
         raise ValueError(f"need {gap} <= t <= T = {T} and 0 <= s < t, got t = {t}, s = {s}")
-    return times
+    return s, t
 
 
 def _to(coefficient, x):
@@ -121,11 +116,6 @@ def _kl(log_q, log_p):
     return (log_q.exp() * (log_q - log_p).masked_fill(log_q == -math.inf, 0.0)).sum(-1)
 
 
-def _put(shared, x, value):
-    """(..., K): `shared` (..., K) or (K,), but `value` (...) at state x (...)."""
-    return shared.expand(*x.shape, -1).scatter(-1, x[..., None], value[..., None])
-
-
 def _pick(Q, x):
     """Row x of Q (B, K, K) or (1, K, K), for int x (B, ...) -> (B, ..., K)."""
     return Q[torch.arange(len(Q), device=x.device).reshape(-1, *[1] * (x.ndim - 1)), x].reshape(*x.shape, -1)
@@ -144,12 +134,12 @@ class Transition(nn.Module):
     They follow .to(device), but not .half(), and they stay on the CPU for mps, which has no float64.
     """
 
-    def __init__(self, **tables):
+    def __init__(self, T, **tables):
         super().__init__()
         self.device = torch.device("cpu")
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
-        self.K, self.mask = len(self.stationary), None
+        self.T, self.K, self.mask = T, len(self.stationary), None
         if not ((self.stationary >= 0).all() and (self.stationary.sum() - 1).abs() < 1e-6):
             raise ValueError(f"stationary must be probabilities that sum to 1, got {self.stationary}")
 
@@ -161,13 +151,20 @@ class Transition(nn.Module):
 
     def sample_prior(self, shape):
         """x_T drawn from the stationary distribution, int64 of the given shape."""
-        pi, n = self.stationary.to(torch.get_default_dtype()).to(self.device), math.prod(shape)
+        pi, n = _default(self.stationary, torch.empty(0, device=self.device)), math.prod(shape)
         return torch.multinomial(pi, max(n, 1), replacement=True)[:n].reshape(shape)
+
+    def log_entry(self, x, xt, s, t):
+        """log q(x_t = xt | x_s = x), x int (...), or the log of its mean over log-probabilities x (..., K) -> (...)."""
+        log_columns = self.log_columns(xt, s, t)
+        if x.is_floating_point():
+            return (log_columns + x).logsumexp(-1)
+        return log_columns.gather(-1, x[..., None])[..., 0]
 
     def posterior_kl(self, x0, log_guess, xt, s, t):
         """KL of q(x_s | x_t, x_0) from the same with a guess (..., K) for x_0, summed over the states; nats (...)."""
-        log_columns = self.log_columns(xt, s, t)
-        return _kl(*((log_columns + self.log_rows(x, 0, s)).log_softmax(-1) for x in (x0, log_guess)))
+        log_columns, earlier = self.log_columns(xt, s, t), t - 1 if s is None else s
+        return _kl(*((log_columns + self.log_rows(x, 0, earlier)).log_softmax(-1) for x in (x0, log_guess)))
 
 
 class MixingTransition(Transition):
@@ -182,8 +179,8 @@ class MixingTransition(Transition):
     def __init__(self, betas, stationary):
         betas = _betas(betas)
         log_alpha_bar = F.pad(torch.log1p(-betas).cumsum(0), (1, 0))
-        super().__init__(log_alpha_bar=log_alpha_bar, stationary=_table(stationary))
-        self.T, self.reaches_all = len(betas), bool((self.stationary > 0).all())
+        super().__init__(len(betas), log_alpha_bar=log_alpha_bar, stationary=_table(stationary))
+        self.reaches_all = bool((self.stationary > 0).all())
         # All of pi on one state makes it a mask: data never holds it, and a place without it is still data.
         self.mask = int(self.stationary.argmax()) if self.stationary.max() == 1 else None
 
@@ -205,12 +202,6 @@ class MixingTransition(Transition):
         log_a = log_a.reshape(log_a.shape + (1,) * ndim) if log_a.ndim else log_a
         return log_a.exp(), -torch.expm1(log_a)
 
-    def _mix_at(self, x, s, t):
-        """b = 1 - a, b pi[x] and a + b pi[x], float64: what the rows and columns at int x are made of."""
-        a, b = self.mix(s, t, x.ndim - 1)
-        at_x = b * self.stationary[x.to(b.device)]
-        return b, at_x, a + at_x
-
     def matrix(self, s, t):
         """Q_{s->t} for ints s <= t, (K, K) float64."""
         a, b = self.mix(s, t)
@@ -221,8 +212,8 @@ class MixingTransition(Transition):
         if x.is_floating_point():
             a, b = self.mix(s, t, x.ndim - 1)
             return _to(a, x) * x + _to(b * self.stationary, x) * x.sum(-1, keepdim=True)
-        b, _, same = self._mix_at(x, s, t)
-        return _put(_default(b[..., None] * self.stationary, x), x, _default(same, x))
+        a, b, pi = (_default(v, x) for v in (*self.mix(s, t, x.ndim), self.stationary))
+        return (b * pi).expand(*x.shape, self.K).scatter_add(-1, x[..., None], a.expand(*x.shape, 1))
 
     def log_rows(self, x, s, t):
         """The log of rows, for int x (...) or log-probabilities x (..., K), added as logs: nothing underflows."""
@@ -233,16 +224,15 @@ class MixingTransition(Transition):
 
     def columns(self, x, s, t):
         """q(x_t = x | x_s = k) for every k: the likelihood of each state, x int (...) -> (..., K)."""
-        _, other, same = self._mix_at(x, s, t)
-        return _put(_default(other, x)[..., None].expand(*x.shape, self.K), x, _default(same, x))
+        a, b, pi = (_default(v, x) for v in (*self.mix(s, t, x.ndim), self.stationary))
+        return (b * pi[x[..., None]]).expand(*x.shape, self.K).scatter_add(-1, x[..., None], a.expand(*x.shape, 1))
 
     def log_columns(self, x, s, t):
-        """The log of columns, with a log for each place and not for each of its K states."""
-        _, other, same = self._mix_at(x, s, t)
-        return _put(_default(other.log(), x)[..., None].expand(*x.shape, self.K), x, _default(same.log(), x))
+        """The log of columns."""
+        return self.columns(x, s, t).log()
 
     def log_entry(self, x, xt, s, t):
-        """log q(x_t = xt | x_s = x) for int x (...), or of its mean over log-probabilities x (..., K) of x_s -> (...)."""
+        """As above, at O(1) a place."""
         a, b = self.mix(s, t, xt.ndim - 1)
         redrawn = b * self.stationary[xt.to(b.device)]
         if not x.is_floating_point():
@@ -258,6 +248,7 @@ class MixingTransition(Transition):
         """
         if not self.reaches_all:
             return super().posterior_kl(x0, log_guess, xt, s, t)
+        s = t - 1 if s is None else s
         coefficients = *self.mix(0, s, x0.ndim - 1), *self.mix(s, t, x0.ndim - 1)
         (a, b, c, d), pi = (_to(v, log_guess) for v in coefficients), _to(self.stationary, log_guess)
         log_u0, log_ut = (self.log_entry(log_guess, x, 0, s) for x in (x0, xt))
@@ -296,8 +287,8 @@ class DenseTransition(Transition):
         for t in range(2, len(Q)):
             Q_bar[t] = Q_bar[t - 1] @ Q[t]
         pi = Q_bar[-1].mean(0) if stationary is None else _table(stationary)
-        super().__init__(Q=Q, Q_bar=Q_bar, stationary=pi)
-        self.T, self._products = len(Q) - 1, {}
+        super().__init__(len(Q) - 1, Q=Q, Q_bar=Q_bar, stationary=pi)
+        self._products = {}
 
     def matrix(self, s, t):
         """Q_{s->t} = Q_{s+1} ... Q_t for ints s <= t, (K, K) float64."""
@@ -359,13 +350,6 @@ class DenseTransition(Transition):
     def log_columns(self, x, s, t):
         """The log of columns, taken in float64, where far states have not yet underflowed."""
         return _pick(_default(self._matrices(s, t).log(), x).mT, x)
-
-    def log_entry(self, x, xt, s, t):
-        """log q(x_t = xt | x_s = x) for int x (...), or of its mean over log-probabilities x (..., K) of x_s -> (...)."""
-        log_columns = self.log_columns(xt, s, t)
-        if x.is_floating_point():
-            return (log_columns + x).logsumexp(-1)
-        return log_columns.gather(-1, x[..., None])[..., 0]
 
     def draw(self, x, s, t):
         """A draw of q(x_t | x_s = x), int64 (...), by its distribution function: faster than torch.multinomial."""
@@ -550,12 +534,12 @@ class D3PM(nn.Module):
 
     def _vlb_term(self, log_guess, x0, xt, t, s=None):
         x0, transition = self._states(x0), self.transition
-        s, t = _check_times(self.T, s, t, gap=1)
+        _check_times(self.T, s, t, gap=1)
         if transition.mask is not None:
             # The KL of masks is a cross-entropy: a masked place shows its x_0 at s with probability
             # (alpha_bar[s] - alpha_bar[t]) / (1 - alpha_bar[t]), whatever x_0 is; one without a mask costs nothing.
             mix, ndim = transition.mix, xt.ndim - 1
-            shown = mix(0, s, ndim)[0] * mix(s, t, ndim)[1] / mix(0, t, ndim)[1]
+            shown = mix(0, t - 1 if s is None else s, ndim)[0] * mix(s, t, ndim)[1] / mix(0, t, ndim)[1]
             return _bits(_to(shown, log_guess) * self._cross_entropy(log_guess, x0, xt, t))
         return _bits(transition.posterior_kl(x0, log_guess, xt, s, t))
 

@@ -1,0 +1,153 @@
+"""Draw the README's pictures that need no training, into the folder of this file.
+
+    python assets/figures.py
+"""
+import argparse
+import math
+import pathlib
+import sys
+
+import torch
+from matplotlib import colormaps, colors
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import d3pm
+import ddpm
+from train import load_data
+
+
+def axes(width, height, rows=1, columns=1):
+    """A figure of so many inches, and its axes as a list."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def save(figure, name):
+    figure.savefig(HERE / name, dpi=110)
+    print(f"written: {HERE / name}")
+
+
+def strip(axis, chains, x0, grey):
+    """An image (1, 1, H, W) at ten times of each chain, a row each. grey(x): 0 black, 1 white, 2 a mask."""
+    rows = []
+    for chain in chains.values():
+        times = [chain.T * i // 9 for i in range(10)]
+        path = [x0]
+        for s, t in zip(times, times[1:]):
+            path.append(chain.q_step(path[-1], s, t))
+        rows.append(torch.cat([F.pad(grey(x)[0, 0], (2, 2, 2, 2), value=1) for x in path], dim=1))
+    side = len(rows[0])
+    axis.imshow(torch.cat(rows), cmap=colormaps["gray"].with_extremes(over="tab:blue"), vmin=0, vmax=1,
+                interpolation="nearest")
+    axis.set_yticks([side * (i + 0.5) for i in range(len(chains))], chains)
+    axis.set_xticks([side * (i + 0.5) for i in range(10)], [f"{i / 9:.2g}" for i in range(10)])
+    axis.set(xlabel="t / T")
+
+
+def forward(image):
+    """forward.png: what the two schedules leave of an image, and of its power."""
+    T = 1000
+    chains = {"linear": ddpm.GaussianDiffusion(ddpm.linear_beta_schedule(T)),
+              "cosine": ddpm.GaussianDiffusion(ddpm.cosine_beta_schedule(T))}
+    figure, (images, power) = axes(11, 2.6, columns=2)
+    strip(images, chains, image / 127.5 - 1, lambda x: (x.clamp(-1, 1) + 1) / 2)
+    for name, chain in chains.items():
+        power.plot(chain.alpha_bar, label=name)
+    power.set(xlabel="t", title="alpha_bar: share of the signal's power")
+    power.legend()
+    save(figure, "forward.png")
+
+
+def improved():
+    """improved.png: the range of the learned variance, the weight that L_simple drops, and grids of times."""
+    T = 1000
+    figure, (ratio, weight, grids) = axes(13, 3.2, columns=3)
+    cosine = ddpm.GaussianDiffusion(ddpm.cosine_beta_schedule(T))
+    noise = 1 - cosine.alpha_bar
+    for step in (1, 20, 100):
+        ratio.plot(range(step + 1, T + 1), noise[1:-step] / noise[step + 1:],
+                   label=f"t - s = {step}, as in {T // step} steps")
+    ratio.set(xlabel="t", title="beta_tilde / beta, the ends of the range")
+    ratio.legend(loc="lower right")
+    for name, betas in ("linear", ddpm.linear_beta_schedule(T)), ("cosine", ddpm.cosine_beta_schedule(T)):
+        alpha_bar = (1 - betas).cumprod(0)              # steps t-1 -> t for t = 2..T, at sigma^2 = beta_tilde
+        beta, alpha, noise_s = betas[1:], 1 - betas[1:], 1 - alpha_bar[:-1]
+        weight.semilogy(range(2, T + 1), beta / (2 * alpha * noise_s), label=name)
+    weight.set(xlabel="t", title="weight of |eps - eps_hat|^2 in the bound")
+    weight.legend()
+    for height, n in enumerate((10, 50, 1000)):
+        grids.plot(cosine.timesteps(n), [height] * n, "|", color=f"C{2 - height}", markersize=14)
+    grids.set(xlabel="t", yticks=range(3), yticklabels=["10", "50", "1000 steps"], ylim=(-0.7, 2.7),
+              title="grids of fewer steps")
+    save(figure, "improved.png")
+
+
+def decoder():
+    """decoder.png: a Gaussian near white, cut into the bins of 9 levels."""
+    levels, mean, std = 9, torch.tensor(0.8), torch.tensor(0.25)
+    x, width = torch.linspace(-1, 1, levels), 2 / (levels - 1)
+    mass = ddpm.discretized_gaussian_log_likelihood(x, mean, std.log(), levels).exp()
+    line = torch.linspace(-1.2, 1.8, 400)
+    density = width * torch.distributions.Normal(mean, std).log_prob(line).exp()
+    figure, [axis] = axes(6, 3.4)
+    axis.bar(x, mass, 0.96 * width, color=["C1"] + (levels - 2) * ["C0"] + ["C1"], alpha=0.5)
+    axis.plot(line, density, "k", label="density times the width of a bin")
+    beyond = line > 1 + width / 2
+    axis.fill_between(line[beyond], density[beyond], color="C1", hatch="///", alpha=0.5,
+                      label="beyond the last level: counted in its open bin")
+    axis.set(xlabel="x_0", xticks=x[::2].tolist(), ylabel="probability", ylim=(0, 0.6),
+             title="L_0: the mass of each of 9 levels, mean 0.8")
+    axis.legend(fontsize=8, loc="upper left")
+    save(figure, "decoder.png")
+
+
+def transitions():
+    """transitions.png: Q_bar of four families, early and halfway, on one logarithmic scale."""
+    K, T = 16, 100
+    ring = torch.polar(torch.ones(K), 2 * math.pi * torch.arange(K) / K)
+    betas = d3pm.linear_betas(T, 0.1 / T, 20 / T)
+    families = {"uniform": d3pm.uniform_transition(K, d3pm.cosine_betas(T)),
+                "absorbing": d3pm.absorbing_transition(K, d3pm.mutual_information_betas(T)),
+                "gaussian": d3pm.gaussian_transition(K, betas),
+                "neighbour: points on a ring,\nthe last one beside the first":
+                    d3pm.neighbour_transition(torch.view_as_real(ring), betas, 2)}
+    figure, panels = axes(11, 5.6, rows=2, columns=4)
+    norm, cmap = colors.LogNorm(1e-4, 1), colormaps["magma"].with_extremes(bad="black")
+    for i, t in enumerate((10, 50)):
+        for axis, (name, family) in zip(panels[4 * i:], families.items()):
+            image = axis.imshow(family.matrix(0, t), cmap=cmap, norm=norm)
+            axis.set(title="" if i else name, xticks=[], yticks=[], xlabel="x_t", ylabel=f"x_0 (t = {t})")
+    figure.suptitle(f"Q_bar_t = q(x_t | x_0), K = {K} states, T = {T}")
+    figure.colorbar(image, ax=panels, extend="min", shrink=0.8, label="probability")
+    save(figure, "transitions.png")
+
+
+def forward_d3pm(image):
+    """forward-d3pm.png: what three families of noise leave of an image of 256 levels."""
+    K, T = 256, 100
+    chains = {"uniform": d3pm.uniform_transition(K, d3pm.cosine_betas(T)),
+              "absorbing\n(mask: blue)": d3pm.absorbing_transition(K + 1, d3pm.mutual_information_betas(T)),
+              "gaussian": d3pm.gaussian_transition(K, d3pm.linear_betas(T, 0.1 / T, 20 / T))}
+    figure, [axis] = axes(9, 3.2)
+    strip(axis, {name: d3pm.D3PM(family) for name, family in chains.items()}, image.long(),
+          lambda x: (x / (K - 1)).masked_fill(x == K, 2))
+    save(figure, "forward-d3pm.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw the README's pictures that need no training.")
+    parser.add_argument("--data-dir", default="data", help="where Fashion-MNIST is, or goes to (data)")
+    image = load_data(None, parser.parse_args().data_dir).test[:1]
+    torch.manual_seed(0)
+    forward(image)
+    improved()
+    decoder()
+    transitions()
+    forward_d3pm(image)
+
+
+if __name__ == "__main__":
+    main()
