@@ -1,17 +1,18 @@
 """Train, sample and measure the diffusion models of ddpm.py and d3pm.py.
 
     python train.py                                images by DDPM, sized for this machine
+    python train.py --plain                        the same by the papers' recipe, without this file's additions
     python train.py --model d3pm --data docs       text by D3PM
     python train.py --sample 64                    new samples from the run's checkpoint
     python train.py --eval                         bits/dim on the test split, term by term
     torchrun --nproc-per-node=8 train.py           the same run on eight devices
 
-In order: options, data, network and diffusion, checkpoints, training, sampling, evaluation, figures.
+In order: options; the run, one batch, the objective, the loop; sampling and evaluation; data and files.
 """
 import argparse
-import csv
+import copy
 import datetime
-import hashlib
+import functools
 import io
 import json
 import math
@@ -22,7 +23,6 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 import zlib
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure        # no pyplot: a notebook that imports this file keeps its backend
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
@@ -46,40 +46,54 @@ import ddpm
 
 try:
     import fcntl
-except ImportError:                     # Windows has none: there two runs in one folder are not told apart
+except ImportError:                         # Windows has none: there two runs in one folder are not told apart
     fcntl = None
 
-matplotlib.use("Agg")
-
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))        # set by torchrun
 FONTS = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 TORCHVISION = {"fashion-mnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10"}
 
 
-def fail(message):
-    """A user's mistake or the machine's fault: one line, from one process of each machine, and no traceback."""
-    raise SystemExit(f"train.py: {message}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+def need(condition, message):
+    """One line and no traceback unless the condition holds: a user's mistake, or the machine's fault."""
+    if not condition:
+        raise SystemExit(f"train.py: {f'rank {RANK}: ' if WORLD > 1 else ''}{message}")
+
+
+def say(line):
+    """A line on the screen, from one process."""
+    if RANK == 0:
+        print(line, flush=True)
 
 
 # ---------------------------------------------------------------- options
 
-# What a run's weights depend on: kept in the checkpoint, and a resumed run must agree with it.
-SETTINGS = ("model data steps batch_size lr seed timesteps schedule prediction variance transition reverse "
-            "levels size length width").split()
-
-# Network, batch, steps and peak learning rate by what is trained and where.
-UNET = {"cpu": dict(width=32, mults=(1, 2), blocks=1, attention=(1,), patch=2, batch_size=24, lr=5e-3, steps=6300),
-        "gpu": dict(width=128, mults=(1, 2, 2), blocks=2, attention=(1, 2), batch_size=256, lr=5e-4, steps=50000)}
+# Sizes by what is trained and where; mps takes the CPU's. On a GPU the U-Net needs 6.0 GFLOP an image, forward and
+# backward, 1.5e16 in all; the Transformer 4.2 an example, 3.2e15 in all, and sees the characters of docs 235 times.
+UNET = {"cpu": dict(width=32, mults=(1, 2), blocks=1, attention=(1,), batch_size=24, lr=5e-3, steps=6300),
+        "gpu": dict(width=128, mults=(1, 2), blocks=2, attention=(1,), batch_size=128, lr=1e-3, steps=20000)}
 TRANSFORMER = {"cpu": dict(width=128, depth=4, batch_size=16, lr=5e-3, steps=9000),
-               "gpu": dict(width=512, depth=8, heads=8, dropout=0.1, batch_size=256, lr=1e-3, steps=20000)}
+               "gpu": dict(width=256, depth=6, batch_size=64, lr=2e-3, steps=12000, dropout=0.1)}
+PIXELS = {"cpu": dict(batch_size=16, steps=3000), "gpu": dict(steps=12000)}            # where d3pm's U-Net differs
+SCHEDULES = dict(uniform="cosine", absorbing="mutual", gaussian="linear")
+
+# Options of a run that a resumed run must agree with, and those that it may change.
+FIXED = ("model batch_size seed dropout labels plain timesteps schedule prediction variance transition levels size length "
+         "width").split()
+FREE = "steps lr accumulate save_every".split()
+# The options that mean something, by what is asked for.
+MEANING = dict(train=["data", "data_dir", "out", "device", "resume", *FIXED, *FREE],
+               sample="model data out device seed sample sample_steps variance eta temperature prompt label guidance".split(),
+               eval="model data data_dir out device seed eval sample_steps variance".split())
 
 
 def options(argv=None):
-    """The command line as a namespace that lacks what was not given, so that a checkpoint can fill it in."""
+    """The command line as a dictionary of what was given; a checkpoint or `complete` knows the rest."""
     p = argparse.ArgumentParser(
         prog="train.py", usage="python train.py [options]", argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=80),
         description="Train a diffusion model; or use one, with --sample or --eval.")
-    add = p.add_argument
+    p.error, add = functools.partial(need, False), p.add_argument
     add("--model", choices=["ddpm", "d3pm"], help="Gaussian or discrete noise (ddpm)")
     add("--data", metavar="D", help="fashion-mnist, mnist, cifar10, glyphs, docs, a folder of "
         "images or a .txt file (fashion-mnist; glyphs if it can't be had)")
@@ -87,453 +101,226 @@ def options(argv=None):
     add("--out", metavar="DIR", help="where the run lives (runs/<model>-<data>)")
     add("--steps", type=int, metavar="N", help="training steps (by model and device)")
     add("--batch-size", type=int, metavar="N", help="examples a step on all devices (by device)")
+    add("--accumulate", type=int, metavar="N", help="parts of a batch, for less memory (1)")
     add("--lr", type=float, help="peak learning rate (by model)")
+    add("--dropout", type=float, metavar="P", help="share of units left out (0; text on a GPU 0.1)")
     add("--seed", type=int, metavar="N", help="of weights, batches, noise, samples (0)")
     add("--device", help="cpu, cuda, cuda:1, mps (the best found)")
     add("--save-every", type=int, metavar="N", help="steps between checkpoints (1000 at most)")
-    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--resume", action="store_true", help="go on with the run in --out, or begin it")
+    add("--plain", action="store_true", help="the papers' recipe: eps, uniform t, Adam")
+    add("--labels", action="store_true", help="learn the data set's classes too")
     add("--sample", type=int, metavar="N", help="write N samples of the run in --out")
     add("--sample-steps", type=int, metavar="N", help="of --sample (images 50) and --eval (100)")
     add("--eta", type=float, help="sample by DDIM: 0 no noise, 1 ancestral")
-    add("--prompt", metavar="TEXT", help="text to complete; _ is a free place")
+    add("--temperature", type=float, metavar="X", help="of d3pm's guess when sampling (1)")
+    add("--label", type=int, metavar="N", help="class of the samples (all, a row each)")
+    add("--guidance", type=float, metavar="W", help="push samples towards their class (0)")
+    add("--prompt", metavar="TEXT", help="text to complete; _ (or \N{MIDDLE DOT}) is a free place")
     add("--eval", type=int, nargs="?", const=1000, metavar="N", help="bits/dim on N test examples (1000)")
-    add("--figures", action="store_true", help="write the pictures that need no training")
     add("--timesteps", type=int, metavar="T", help="length of the chain (1000; text: --length)")
     add("--schedule", choices=["cosine", "linear", "mutual"], help="betas (cosine; by --transition)")
     add("--prediction", choices=["eps", "x0", "v"], help="what ddpm's network estimates (v)")
-    add("--variance", type=variance, metavar="V", help="of ddpm's reverse step: learned, or 0..1 (learned)")
-    add("--transition", choices=["uniform", "absorbing", "gaussian"], help="noise of d3pm (uniform; text: absorbing)")
-    add("--reverse", choices=["joint", "conditional"], help="(conditional; gaussian: joint)")
+    add("--variance", metavar="V", type=lambda text: text if text == "learned" else float(text),
+        help="of ddpm's reverse step: learned, or 0..1 (learned)")
+    add("--transition", choices=list(SCHEDULES), help="noise of d3pm (gaussian; text: absorbing)")
     add("--levels", type=int, metavar="K", help="grey levels of d3pm's images (256)")
     add("--size", type=int, metavar="N", help="pixels a side, for a folder of images (32)")
     add("--length", type=int, metavar="N", help="characters of an example of text (128)")
     add("--width", type=int, metavar="N", help="channels of the network (by device)")
-    args = p.parse_args(argv)
-    ranges = dict(seed=(0, 2 ** 40), eta=(0, 1), variance=(0, 1), levels=(2, 256), lr=(1e-9, 1e3))
-    for name, value in vars(args).items():
-        low, high = ranges.get(name, (1, math.inf))
-        if type(value) in (int, float) and not low <= value <= high:
-            p.error(f"--{name.replace('_', '-')} must lie in {low:g}..{high:g}, got {value}")
-    return args
+    given = vars(p.parse_args(argv))
+    check(given)
+    return given | {name: os.path.expanduser(given[name]) for name in ("data", "data_dir", "out") if name in given}
 
 
-def variance(text):
-    """--variance: learned, or a number."""
-    return text if text == "learned" else float(text)
+def check(given):
+    """One line for a number out of its range, or an option that means nothing for what is asked."""
+    ranges = dict(seed=(0, 2 ** 40), eta=(0, 1), variance=(0, 1), levels=(2, 256), lr=(1e-9, 1e3), dropout=(0, 0.9),
+                  temperature=(0.01, 100), label=(0, math.inf), guidance=(-1, 100))
+    uses = [use for use in ("sample", "eval") if use in given] or ["train"]
+    for name, value in given.items():
+        flag, (low, high) = f"--{name.replace('_', '-')}", ranges.get(name, (1, math.inf))
+        need(any(name in MEANING[use] for use in uses),
+             f"{flag} has no meaning {'in training' if uses == ['train'] else 'with --' + ' --'.join(uses)}")
+        need(type(value) not in (int, float) or low <= value <= high, f"{flag} must lie in {low:g}..{high:g}, got {value}")
 
 
-def complete(args, data, device):
+def complete(given, data, device):
     """The whole configuration of a run: what was given, then defaults by model, data and device."""
-    args.model = getattr(args, "model", "ddpm")
-    text, discrete = data.chars is not None, args.model == "d3pm"
-    if text and not discrete:
-        fail(f"--data {data.name} is text: it needs --model d3pm")
-    size = dict((TRANSFORMER if text else UNET)["cpu" if device.type == "cpu" else "gpu"])
-    if not text:
-        size["fourier"] = (0, 1, 2, 3) if discrete else (2, 4, 6)
-    transition = getattr(args, "transition", "absorbing" if text else "uniform")
-    schedule = dict(uniform="cosine", absorbing="mutual", gaussian="linear")[transition] if discrete else "cosine"
-    length = getattr(args, "length", 128)
-    config = dict(model=args.model, data=data.source, seed=0, timesteps=length if text else 1000, schedule=schedule)
-    if discrete:
-        config |= dict(transition=transition, reverse="joint" if transition == "gaussian" else "conditional")
-        config |= dict(length=length) if text else dict(levels=256)
+    model, text, plain = given.get("model", "ddpm"), data.chars is not None, given.get("plain", False)
+    place, length = "gpu" if device.type == "cuda" else "cpu", given.get("length", 128)
+    need(model == "d3pm" or not text, f"--data {data.name} is text: it needs --model d3pm")
+    need(data.classes or "labels" not in given, f"--labels: {data.name} has no labels")
+    config = dict(model=model, data=data.source, fingerprint=data.fingerprint, chars=data.chars, seed=0, plain=plain,
+                  labels=False, dropout=0.0, schedule="cosine", mirror=False, accumulate=1)
+    if text:
+        config |= TRANSFORMER[place] | dict(length=length, timesteps=length, shape=[length])
+    else:                                   # photos may be mirrored; garments, digits and letters have a side
+        shape, waves = list(data.train.shape[1:]), (2, 4, 6) if model == "ddpm" else (0, 1, 2, 3)
+        config |= UNET[place] | (dict(patch=1, fourier=()) if plain else dict(patch=2, fourier=waves))
+        config |= dict(timesteps=1000, shape=shape, mirror=data.folder or shape[0] == 3)
+    if model == "ddpm":
+        config |= dict(prediction="eps" if plain else "v", variance="learned")
     else:
-        config |= dict(prediction="v", variance="learned")
-    config |= dict(size=data.shape[-1]) if data.folder else {}
-    config |= {k: size.pop(k) for k in ("steps", "batch_size", "lr", "width")}
-    given = {k: v for k, v in vars(args).items() if k in SETTINGS and k not in ("data", "model")}
-    for name in given.keys() - config.keys():
-        fail(f"--{name.replace('_', '-')} has no meaning for --model {args.model} on --data {data.name}")
-    config |= given
-    shape = [length] if text else list(data.shape)
-    return config | dict(shape=shape, chars=data.chars, network=dict(size, width=config["width"]))
+        transition = given.get("transition", "absorbing" if text else "gaussian")
+        config |= dict(transition=transition, schedule=SCHEDULES[transition])
+        config |= {} if text else PIXELS[place] | dict(levels=256)
+    config |= (dict(lr=1e-3) if plain else {}) | (dict(size=shape[-1]) if data.folder else {})
+    config["save_every"] = max(1, min(1000, given.get("steps", config["steps"]) // 10))
+    settings = {name: given[name] for name in (*FIXED, *FREE) if name in given}
+    for name in settings:
+        need(name in config, f"--{name.replace('_', '-')} has no meaning for --model {model} on --data {data.name}")
+    config |= settings
+    need(config.get("transition") != "absorbing" or config["schedule"] == "mutual",
+         f"--schedule {config['schedule']} leaves places without a mask at T: --transition absorbing needs mutual")
+    return config | dict(classes=data.classes if config["labels"] else [])
 
 
-# ---------------------------------------------------------------- data
-
-def load_data(source, data_dir, size=32, rank=0):
-    """A data set by name or path: train and test as uint8 (N, C, H, W), or the characters' numbers (N,).
-
-    None is Fashion-MNIST, or glyphs with one line saying so where it can't be had.
-    """
-    data = SimpleNamespace(name=source or "fashion-mnist", source=source or "fashion-mnist", chars=None, folder=False)
-    if data.name == "glyphs":
-        data.train, data.test = glyphs(20000, seed=1), glyphs(2000, seed=2)
-    elif data.name in TORCHVISION:
-        try:
-            data.train, data.test = (torchvision_images(data.name, data_dir, train) for train in (True, False))
-        except Exception as error:
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if source is not None:
-                fail(f"{data.name} can't be had ({why}). Put torchvision's files under "
-                     f"{pathlib.Path(data_dir) / TORCHVISION[data.name]}, or choose another --data")
-            if rank == 0:
-                print(f"Fashion-MNIST can't be had ({why}): training on the built-in glyphs instead.", flush=True)
-            return load_data("glyphs", data_dir)
-    elif data.name == "docs" or pathlib.Path(source).is_file():
-        text = "\n\n".join(pydoc_data.topics.topics.values()) if data.name == "docs" else read_text(source)
-        known, numbers = np.unique(np.frombuffer(text.encode("utf-32-le"), np.uint32), return_inverse=True)
-        data.name, data.chars, numbers = pathlib.Path(source).stem, "".join(map(chr, known)), torch.from_numpy(numbers)
-        data.train, data.test = numbers.split([len(text) - len(text) // 10, len(text) // 10])
-    elif pathlib.Path(source).is_dir():
-        path = pathlib.Path(source).resolve()
-        data.folder, data.name, data.source = True, path.name, str(path)
-        images = torch.from_numpy(folder_images(path, pathlib.Path(data_dir), size))
-        data.train, data.test = images[len(images) // 10:], images[:len(images) // 10 or 1]
-    else:
-        fail(f"--data {source} is neither a known data set ({', '.join(TORCHVISION)}, glyphs, docs) "
-             "nor a file or folder")
-    data.shape = None if data.chars else tuple(data.train.shape[1:])
-    return data
-
-
-def torchvision_images(name, data_dir, train):
-    """A torchvision data set as uint8 (N, C, H, W): files that are there, else its download."""
-    cls = getattr(torchvision.datasets, TORCHVISION[name])
-    try:
-        found = cls(data_dir, train=train)
-    except RuntimeError:
-        download(lambda: cls(data_dir, download=True), pathlib.Path(data_dir))
-        found = cls(data_dir, train=train)
-    images = torch.as_tensor(found.data)
-    return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-
-
-def download(fetch, folder, patience=12):
-    """Run fetch; TimeoutError once no byte has come into the folder for `patience` seconds."""
-    outcome, size, since = [], -1, time.monotonic()
-    socket.setdefaulttimeout(patience)
-
-    def work():
-        try:
-            outcome.append(fetch())
-        except Exception as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-        now = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.exists() else 0
-        size, since = (now, time.monotonic()) if now != size else (size, since)
-        if time.monotonic() - since > patience:
-            raise TimeoutError(f"no byte of the download for {patience} seconds")
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-
-
-def glyphs(n, seed):
-    """n grey 28 x 28 letters and digits, uint8 (n, 1, 28, 28): matplotlib's fonts under small random distortions."""
-    characters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
-    generator, cells = torch.Generator().manual_seed(seed), []
-    for file in sorted(FONTS.glob("DejaVuSans*.ttf")) + sorted(FONTS.glob("DejaVuSerif*.ttf")):
-        if "Display" in file.name:
-            continue
-        font = ImageFont.truetype(str(file), 40)
-        for c in characters:
-            cell = Image.new("L", (56, 56))
-            ImageDraw.Draw(cell).text((28, 28), c, font=font, fill=255, anchor="mm")
-            cells.append(torch.from_numpy(np.array(cell)))
-    cells = torch.stack(cells)[torch.randint(len(cells), (n,), generator=generator), None].float()
-    noise = 2 * torch.rand(n, 6, generator=generator) - 1
-    angle, scale, shear = 0.15 * noise[:, 0], 1 + 0.15 * noise[:, 1], 0.15 * noise[:, 2]
-    turn = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], 1).reshape(n, 2, 2)
-    theta = torch.cat([turn * scale[:, None, None], 0.1 * noise[:, 3:5, None]], dim=2)
-    grid = nn.functional.affine_grid(theta, (n, 1, 56, 56), align_corners=False)
-    large = nn.functional.grid_sample(cells, grid, align_corners=False)
-    return nn.functional.avg_pool2d(large, 2).round().to(torch.uint8)
-
-
-def read_text(path):
-    """The characters of a UTF-8 file."""
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        fail(f"{path} is not UTF-8 text")
-    if len(text) < 1000 or "\0" in text:
-        fail(f"{path} is {'not text' if chr(0) in text else f'too short to learn from ({len(text)} characters)'}")
-    return text
-
-
-def folder_images(folder, data_dir, size):
-    """All images below a folder, centre-cropped to size x size, as a memory-mapped uint8 (N, C, size, size)."""
-    Image.MAX_IMAGE_PIXELS = None
-    kinds = {kind for kind, name in Image.registered_extensions().items() if name in Image.OPEN}
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in kinds and f.is_file())
-    if len(files) < 2:
-        fail(f"{folder} holds {len(files)} images: at least 2 are needed (one is held out)")
-    key = hashlib.sha1("".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns} " for f in files).encode()).hexdigest()
-    cache = data_dir / f"{folder.name}-{size}-{key[:10]}.npy"
-    if not cache.exists():
-        data_dir.mkdir(parents=True, exist_ok=True)
-        files = [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))]
-        file, partial = files[0], cache.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
-        try:
-            grey = all(Image.open(file).mode in ("1", "L", "LA", "I", "I;16", "I;16B") for file in files[:64])
-            shape = (len(files), 1 if grey else 3, size, size)
-            with open(partial, "wb") as out:        # not through a memory map: on a full disk that is a bus error
-                np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=shape))
-                for i, file in enumerate(files):
-                    out.write(square(file, size, "L" if grey else "RGB"))
-                    done = i + 1
-                    show(f"decoding {done} of {len(files)} images", done == len(files), live_only=done % 10000 > 0)
-            os.replace(partial, cache)
-        except (OSError, SyntaxError, ValueError) as error:
-            fail(f"{getattr(error, 'filename', None) or file} can't be read or kept ({error}): mend it or take it out")
-        finally:
-            partial.unlink(missing_ok=True)
-    return np.load(cache, mmap_mode="c")
-
-
-def square(file, size, mode):
-    """The bytes of one image, centre-cropped and scaled to (C, size, size)."""
-    with Image.open(file) as image:
-        if image.mode[0] in "IF":        # 16 bits and more, which convert would clip at 255
-            deep = np.asarray(image, np.float32)
-            white = max(deep.max(), 65535 if image.mode[0] == "I" else 1)
-            image = Image.fromarray((deep * (255 / white)).clip(0, 255).astype(np.uint8))
-        image = ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.LANCZOS)
-    return np.array(image).reshape(size, size, -1).transpose(2, 0, 1).tobytes()
-
-
-def yardsticks(data, config):
-    """What trivial models need, in bits/dim: how good is good."""
-    if data.chars:
-        return f"unigram {entropy(torch.bincount(data.train)):.2f} bits/char"
-    K, D, each = config.get("levels", 256), data.train[0].numel(), 0
-    for x in data.train[:20000].split(max(1, 10 ** 7 // D)):
-        x = x.flatten(1).long() * K // 256 + K * torch.arange(D)
-        each = each + torch.bincount(x.flatten(), minlength=K * D).reshape(D, K)
-    return (f"the grey values' histogram {entropy(each.sum(0)):.2f} bits/dim, "
-            f"each pixel's own histogram {entropy(each).mean():.2f}")
-
-
-def entropy(counts):
-    """Entropy in bits of histograms (..., K)."""
-    return torch.distributions.Categorical(counts.double()).entropy() / math.log(2)
-
-
-# ---------------------------------------------------------------- network and diffusion
-
-class StateUNet(nn.Module):
-    """ddpm's U-Net for D3PM images: states enter as grey values and a sign for the mask; logits (B, C, H, W, K).
-
-    Up to 32 states have a logit each; more are a truncated logistic's (Austin et al. 2021, appendix A.8). These say
-    what the other pixels tell, which is all that the joint step wants; for the conditional one Bayes' rule adds what
-    x_t itself does, log q(x_t | x_0). Under masks that is known anyway.
-    """
-
-    def __init__(self, diffusion, channels, **size):
-        super().__init__()
-        self.K, self.mask = diffusion.K, diffusion.transition.mask
-        bayes = self.mask is None and diffusion.reverse == "conditional"
-        self.transition = diffusion.transition if bayes else None    # else its tables would be in the EMA and DDP too
-        self.levels, self.each = self.K - (self.mask is not None), self.K if self.K <= 32 else 2
-        self.unet = ddpm.UNet(2 * channels, self.each * channels, **size)
-
-    def forward(self, xt, t):
-        masked = torch.zeros_like(xt, dtype=torch.bool) if self.mask is None else xt == self.mask
-        grey = (2 * xt.float() / (self.levels - 1) - 1).masked_fill(masked, 0.0)
-        B, C, H, W = xt.shape
-        out = self.unet(torch.cat([grey, masked.float()], dim=1), t).float()
-        logits = out.reshape(B, C, self.each, H, W).movedim(2, -1)
-        if self.K > 32:
-            mean, log_scale = logits.unbind(-1)
-            logits = d3pm.truncated_logistic(grey + mean, log_scale - 2, self.levels)
-            logits = nn.functional.pad(logits, (0, self.K - self.levels))
-        return logits + self.transition.log_columns(xt, 0, t) if self.transition else logits
-
+# ---------------------------------------------------------------- the run
 
 def build(config):
     """The network and the diffusion that a configuration describes."""
-    T, size = config["timesteps"], config["network"]
-    try:
-        if config["model"] == "ddpm":
-            schedule = dict(cosine=ddpm.cosine_beta_schedule, linear=ddpm.linear_beta_schedule)[config["schedule"]]
-            diffusion = ddpm.GaussianDiffusion(schedule(T), config["prediction"], config["variance"])
-            C, H, W = config["shape"]
-            net = ddpm.UNet(C, 2 * C if config["variance"] == "learned" else C, **size)
-        else:
-            betas = dict(cosine=d3pm.cosine_betas, linear=d3pm.linear_betas, mutual=d3pm.mutual_information_betas)
-            family = getattr(d3pm, config["transition"] + "_transition")
-            states = len(config["chars"]) if config["chars"] else config["levels"]
-            K = states + (config["transition"] == "absorbing")
-            diffusion = d3pm.D3PM(family(K, betas[config["schedule"]](T)), config["reverse"])
-            net = (d3pm.Transformer(K, config["shape"], **size) if config["chars"]
-                   else StateUNet(diffusion, config["shape"][0], **size))
-    except KeyError:
-        fail(f"--schedule {config['schedule']} is not for --model {config['model']}")
-    except ValueError as error:
-        fail(str(error))
-    return net, diffusion
-
-
-def states(x, config):
-    """uint8 images or numbers of characters as the diffusion takes them: [-1, 1] for ddpm, int64 states for d3pm."""
+    T, shape, sizes = config["timesteps"], config["shape"], "width mults blocks attention patch fourier depth dropout".split()
+    size = {name: config[name] for name in sizes if name in config} | dict(classes=len(config["classes"]))
     if config["model"] == "ddpm":
-        return x.float() / 127.5 - 1
-    return x.long() if config["chars"] else x.long() * config["levels"] // 256
-
-
-def pictures(x, config):
-    """The way back for images: uint8 (B, C, H, W). Masks become mid-grey."""
-    if config["model"] == "ddpm":
-        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    grey = (x * 255 / (config["levels"] - 1)).round().clamp(0, 255)
-    return grey.masked_fill(x >= config["levels"], 128).to(torch.uint8)
-
-
-# ---------------------------------------------------------------- the screen and the other processes
-
-def show(line, last=False, live_only=False):
-    """A live line on a terminal, which the last one leaves standing; elsewhere a plain line, unless live_only."""
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r{line[:width]:<{width}}", end="\n" if last else "", flush=True)
-    elif last or not live_only:
-        print(line, flush=True)
-
-
-def find_device(name=None):
-    """The device asked for, else the best one found: this process's own CUDA device, mps, or the CPU."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"--device {name} can't be used here ({str(error).splitlines()[0]})")
-
-
-def join_processes(device):
-    """(rank, world) of this process under torchrun, (0, 1) without it."""
-    if "RANK" in os.environ:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        # Two backends: what the processes agree on between steps goes by gloo, on the CPU, and no GPU is waited for.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(days=1))
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-# ---------------------------------------------------------------- checkpoints
-
-def save(path, state):
-    """Write a checkpoint whole or not at all, and keep the one before as *.previous.pt."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_whole(path, buffer.getvalue(), keep=path.with_suffix(".previous.pt"))
-
-
-def write_whole(path, content, keep=None):
-    """Bytes into a temporary file, flushed to the disk, then renamed: path never holds half of them."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            shutil.copyfile(path, keep.with_suffix(".tmp"))
-            os.replace(keep.with_suffix(".tmp"), keep)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def load(out):
-    """The checkpoint of a run, on the CPU; one line where there is none or it can't be read."""
-    path = out / "checkpoint.pt"
-    if not path.exists():
-        fail(f"no checkpoint in {out}: train first, or name the run with --out")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        net, _ = build(state["config"])
-        net.load_state_dict(state["ema"])
-        for optimizer, moments in zip(optimizers(net, 0.0), state["optimizer"], strict=True):
-            optimizer.load_state_dict(moments)
-        return state | dict(step=int(state["step"]))
-    except OSError:
-        raise
-    except Exception:
-        pass
-    previous = path.with_suffix(".previous.pt")
-    fail(f"{path} is damaged or not a checkpoint of train.py"
-         + (f"; the one before is {previous}: copy it there" if previous.exists() else ""))
-
-
-def restore(out, device, args):
-    """Network with its EMA weights, diffusion and configuration of the run in `out`."""
-    state = load(out)
-    learned = state["config"].get("variance") == "learned"
-    if not learned and getattr(args, "variance", None) == "learned":
-        fail(f"the run in {out} has learnt no variance: --variance takes a number there")
-    asked = {name: getattr(args, name) for name in ("variance", "reverse") if hasattr(args, name)}
-    config = state["config"] | {k: v for k, v in asked.items() if k in state["config"]}
-    (net, _), (_, diffusion), C = build(state["config"]), build(config), config["shape"][0]
-    net.load_state_dict(state["ema"])
-    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    if learned and config["variance"] != "learned":
-        return lambda x, t: net(x, t)[:, :C], diffusion.to(device), config
-    return net, diffusion.to(device), config
-
-
-# ---------------------------------------------------------------- training
-
-def learning_rate(step, steps, peak):
-    """Linear warm-up over the first 2 % of the steps (at most 1000), and a straight line from the peak down to 0."""
-    warm = min(1000, steps // 50 + 1)
-    return peak * min((step + 1) / warm, 1 - step / steps)
-
-
-def batch(step, config, diffusion, train, part):
-    """The loss's arguments for one step, drawn by (seed, step) for the whole batch; this process's part of them.
-
-    So a run is the same however often it is stopped, and on any number of processes. The times are
-    stratified, one in each of batch_size equal shares: the same mean loss with less noise. They are
-    uniform on 1..T but for v, where t is drawn in proportion to 1/2 + alpha_bar_t: the error of eps is alpha_bar_t
-    times that of v. So small t, where the bits are spent, come thrice as often as the largest, which decide the
-    coarsest features of an image.
-    """
-    torch.manual_seed(config["seed"] * 1_000_003 + step)
-    B, T, device = config["batch_size"], config["timesteps"], diffusion.device
+        betas = dict(cosine=ddpm.cosine_beta_schedule, linear=ddpm.linear_beta_schedule)
+        need(config["schedule"] in betas, f"--schedule {config['schedule']} is not for --model ddpm")
+        outputs = 2 if config["variance"] == "learned" else 1
+        return (ddpm.UNet(shape[0], outputs * shape[0], **size),
+                ddpm.GaussianDiffusion(betas[config["schedule"]](T), config["prediction"], config["variance"]))
+    betas = dict(cosine=d3pm.cosine_betas, linear=d3pm.linear_betas, mutual=d3pm.mutual_information_betas)
+    family = dict(uniform=d3pm.uniform_transition, absorbing=d3pm.absorbing_transition, gaussian=d3pm.gaussian_transition)
+    K = (len(config["chars"]) if config["chars"] else config["levels"]) + (config["transition"] == "absorbing")
+    diffusion = d3pm.D3PM(family[config["transition"]](K, betas[config["schedule"]](T)))
     if config["chars"]:
-        start = torch.randint(len(train) - config["length"] + 1, (B, 1), device=train.device)
-        x0 = train[start + torch.arange(config["length"], device=train.device)]
-    else:
-        x0 = train[torch.randint(len(train), (B,), device=train.device)]
-    x0 = states(x0.to(device, non_blocking=True), config)
-    share = (torch.arange(B, device=device) + torch.rand(1, device=device)) / B
-    if config.get("prediction") == "v":
-        mass = (0.5 + diffusion.alpha_bar[1:]).float().to(device).cumsum(0)
-        t = torch.searchsorted(mass, share * mass[-1], right=True).clamp(max=T - 1) + 1
-    else:
-        t = (share * T).long().clamp(max=T - 1) + 1
-    noise = torch.randn_like(x0) if config["model"] == "ddpm" else diffusion.q_sample(x0, t)
-    return x0[part], t[part], noise[part]
+        return d3pm.Transformer(K, shape, **size), diffusion
+    unet = ddpm.UNet(2 * shape[0], shape[0] * d3pm.pixel_outputs(K), **size)
+    return d3pm.PixelLogits(unet, K, diffusion.transition.mask), diffusion
 
 
-def objective(config, diffusion, model, x0, t, noise):
-    """The loss (B,) that train.py minimises: hybrid for ddpm; for d3pm the bound.
+class Run:
+    """A configuration with the network and the diffusion that it describes, and what follows from them.
 
-    Under uniform noise the conditional step wants what the cross-entropy wants, and that is the less noisy teacher.
+    net is trained; ema, the moving average of its weights, makes the samples and the bounds.
     """
-    if config["model"] == "ddpm":
-        if config["variance"] != "learned":
-            return diffusion.loss_simple(model, x0, t, noise)
-        # Steps as long as those of --eval. The slope of the bound in f goes as log(beta / beta_tilde)^2, about 1 / t^2:
-        # under one weight f would be learnt at small t alone. So it rises from the paper's 1e-3 to about 1.
-        T = config["timesteps"]
-        s = (t - math.ceil(T / 100)).clamp(min=1).minimum(t - 1)
-        return diffusion.loss_hybrid(model, x0, t, noise, s, 1e-3 + (t / T) ** 2)
-    simple = config["transition"] == "uniform" and config["reverse"] == "conditional"
-    return (diffusion.loss_simple if simple else diffusion.loss_vlb)(model, x0, t, noise)
+
+    def __init__(self, config, device):
+        torch.manual_seed(config["seed"])
+        net, diffusion = build(config)
+        self.config, self.device = config, device
+        self.discrete, self.text = config["model"] == "d3pm", bool(config["chars"])
+        self.unit = "bits/char" if self.text else "bits/dim"
+        self.net, self.diffusion = net.to(device, memory_format=torch.channels_last), diffusion.to(device)
+        self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        # Cards before compute capability 8 only emulate bfloat16.
+        self.bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+        self.optimizers = optimizers(self.net, config, self.bf16)
+        self.step, self.rows, self.signals = 0, [], []                     # rows of log.csv; signals to stop
+
+    def call(self, net, xt, t, y=None):
+        """A network's output, in bfloat16 where the device computes it."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return net(xt, t) if y is None else net(xt, t, y)
+
+    def model(self, y=None, guidance=0.0, temperature=1.0, exact=False):
+        """ema as a model(xt, t): given labels y, guided, its logits at a temperature; exact: all in float32."""
+        def network(xt, t, y=None):
+            if self.signals:                # in training: held_out gives up
+                raise KeyboardInterrupt
+            out = (self.ema(xt, t) if y is None else self.ema(xt, t, y)) if exact else self.call(self.ema, xt, t, y)
+            if self.discrete:
+                return out / temperature
+            return out if self.diffusion.variance == "learned" else out[:, :self.config["shape"][0]]
+
+        if y is not None and guidance:
+            return (d3pm if self.discrete else ddpm).guided(network, y, guidance)
+        return functools.partial(network, y=y)
+
+    def states(self, x):
+        """uint8 images or numbers of characters as the diffusion takes them: [-1, 1] for ddpm, int64 for d3pm."""
+        if not self.discrete:
+            return x.float() / 127.5 - 1
+        return x.long() if self.text else x.long() * self.config["levels"] // 256
+
+    def pictures(self, x):
+        """The way back for images: uint8 (B, C, H, W). Masks become mid-grey."""
+        if not self.discrete:
+            return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        grey = (x * 255 / (self.config["levels"] - 1)).round().clamp(0, 255)
+        return grey.masked_fill(x >= self.config["levels"], 128).to(torch.uint8)
+
+    def texts(self, x):
+        """The way back for text: strings. A mask is shown as a middle dot."""
+        characters = self.config["chars"] + "\N{MIDDLE DOT}"
+        return ["".join(characters[i] for i in row) for row in x.tolist()]
+
+    def examples(self, split):
+        """A split's images, or all windows of its text, as a view (N, length)."""
+        return split.unfold(0, self.config["length"], 1) if self.text else split
+
+
+# ---------------------------------------------------------------- one batch
+
+def batch(run, examples, labels=None):
+    """x0, t, noise (for d3pm xt) and labels y of one step, each (B, ...): this process's part of them.
+
+    They are drawn by (seed, step) for the whole batch, so that a run is the same however often it is stopped, and on
+    any number of processes. A tenth of the labels is dropped: one network learns p(x) beside p(x | y).
+    """
+    config, device, B = run.config, run.device, run.config["batch_size"]
+    torch.manual_seed(config["seed"] * 1_000_003 + run.step)
+    index = torch.randint(len(examples), (B,), device=examples.device)
+    x = examples[index]
+    x = x.pin_memory() if x.device != device and device.type == "cuda" else x
+    x0 = run.states(x.to(device, non_blocking=True))
+    if config["mirror"]:
+        x0 = torch.where(torch.rand(B, 1, 1, 1, device=device) < 0.5, x0, x0.flip(-1))
+    t = times(run)
+    noise = run.diffusion.q_sample(x0, t) if run.discrete else torch.randn_like(x0)
+    part, y = slice(RANK * B // WORLD, (RANK + 1) * B // WORLD), None
+    if labels is not None:
+        y = labels[index].to(device, non_blocking=True).masked_fill(torch.rand(B, device=device) < 0.1, -1)[part]
+    if config["dropout"]:                   # each process leaves out units of its own
+        torch.manual_seed((config["seed"] * 1_000_003 + run.step) * 4096 + RANK + 1)
+    return x0[part], t[part], noise[part], y
+
+
+def times(run):
+    """t of a whole batch, int64 (B,) in 1..T. Papers: uniform. Recipe: stratified, and skewed for v.
+
+    One t in each of B equal shares gives the same mean loss with less noise. For v the shares are in proportion to
+    1/2 + alpha_bar_t: the error of eps is alpha_bar_t times that of v, so that small t, where the bits are spent, come
+    thrice as often as the largest, which decide the coarsest features of an image.
+    """
+    B, T, device = run.config["batch_size"], run.config["timesteps"], run.device
+    if run.config["plain"]:
+        return torch.randint(1, T + 1, (B,), device=device)
+    share = (torch.arange(B, device=device) + torch.rand(1, device=device)) / B
+    if run.config.get("prediction") != "v":
+        return (share * T).long().clamp(max=T - 1) + 1
+    mass = (0.5 + run.diffusion.alpha_bar[1:]).float().to(device).cumsum(0)
+    return torch.searchsorted(mass, share * mass[-1], right=True).clamp(max=T - 1) + 1
+
+
+# ---------------------------------------------------------------- the objective
+
+# Which loss of d3pm.py trains a family best: the cross-entropy or the bound.
+LOSSES = dict(uniform="loss_simple", absorbing="loss_vlb", gaussian="loss_vlb")
+
+
+def objective(run, model, x0, t, noise):
+    """The loss (B,) that train.py minimises. Papers: the hybrid ones. Recipe: below."""
+    diffusion, config, T = run.diffusion, run.config, run.config["timesteps"]
+    if config.get("variance", "learned") != "learned":
+        return diffusion.loss_simple(model, x0, t, noise)
+    if config["plain"]:
+        return diffusion.loss_hybrid(model, x0, t, noise)
+    if run.discrete:
+        return getattr(diffusion, LOSSES[config["transition"]])(model, x0, t, noise)
+    # The variance of steps as long as those of --eval. The slope of the bound in it goes as log(beta / beta_tilde)^2,
+    # about 1 / t^2: under one weight it would be learnt at small t alone. So this rises from the paper's 1e-3 to about 1.
+    s = (t - math.ceil(T / 100)).clamp(min=1).minimum(t - 1)
+    return diffusion.loss_hybrid(model, x0, t, noise, s, 1e-3 + (t / T) ** 2)
 
 
 class Muon(torch.optim.Optimizer):
@@ -545,11 +332,12 @@ class Muon(torch.optim.Optimizer):
     them in bfloat16, which most CPUs lack: there this one, in float32 and all of a size at once, is ten times as fast.
     """
 
-    def __init__(self, weights, lr):
+    def __init__(self, weights, lr, dtype=torch.float32):
         sizes = {}
         for w in weights:
             sizes.setdefault(tuple(sorted((len(w), w[0].numel()))), []).append(w)
-        super().__init__([dict(params=same) for same in sizes.values()], dict(lr=lr))
+        super().__init__([dict(params=same_size) for same_size in sizes.values()], dict(lr=lr))
+        self.dtype = dtype
         for w in weights:
             self.state[w]["mean"] = torch.zeros_like(w)
 
@@ -562,7 +350,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(means, grads, 0.1)
             ahead = [g.flatten(1) for g in torch._foreach_lerp(grads, means, 0.9)]          # Nesterov
             ahead = torch.stack([g.mT if high else g for g, high in zip(ahead, tall)])
-            steps = orthogonal(ahead.bfloat16() if ahead.is_cuda else ahead).to(ahead.dtype)
+            steps = orthogonal(ahead.to(self.dtype)).to(ahead.dtype)
             steps = [(step.mT if high else step).reshape(w.shape) for step, w, high in zip(steps, weights, tall)]
             torch._foreach_add_(weights, steps, alpha=-group["lr"] * 0.2 * ahead.shape[-1] ** 0.5)
 
@@ -580,306 +368,768 @@ def orthogonal(x):
     return x
 
 
-def optimizers(net, lr):
-    """Muon for the matrices inside a network, Adam for its biases, norms and embeddings."""
+def optimizers(net, config, bf16=False):
+    """Papers: Adam. Recipe: Muon for the matrices inside a network, Adam for its biases, norms and embeddings."""
+    if config["plain"]:
+        return [torch.optim.Adam(net.parameters(), config["lr"], fused=True)]
     inside = [m.weight for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     rest = [p for p in net.parameters() if all(p is not w for w in inside)]
-    return [Muon(inside, lr), torch.optim.Adam(rest, lr, betas=(0.9, 0.99), fused=True)]
+    return [Muon(inside, config["lr"], torch.bfloat16 if bf16 else torch.float32),
+            torch.optim.Adam(rest, config["lr"], betas=(0.9, 0.99), fused=True)]
 
 
-def average(net):
-    """The EMA of a network's weights; its decay warms up as (1 + n) / (10 + n), so that early weights are forgotten."""
-    def update(averages, weights, _):
-        n = ema.n_averaged.item()
-        torch._foreach_lerp_(averages, weights, 1 - min(0.9999, (1 + n) / (10 + n)))
-
-    ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=update)
-    ema.n_averaged = ema.n_averaged.cpu()        # torch reads it at each update: on a GPU that would wait
-    return ema
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first 2 % of the steps (at most 1000), and a straight line from the peak down to 0."""
+    warm = min(1000, steps // 50 + 1)
+    return peak * min((step + 1) / warm, 1 - step / steps)
 
 
-def compiled(net, device, x, t):
-    """torch.compile(net) where that works on this GPU, else net itself and one line."""
-    if device.type != "cuda":
-        return net
+# ---------------------------------------------------------------- the loop
+
+def train(given, device):
+    """One run, from its start or its checkpoint to its samples."""
+    if WORLD > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)
+    data, run, out = in_turn(given, device)
+    examples = run.examples(data.train.to(device) if data.train.nbytes < 1e9 else data.train)
+    labels = data.train_labels.to(examples.device) if run.config["classes"] else None
+    network, lock = compiled(run, *batch(run, examples, labels)), open_run(run, out)       
+    introduce(run, data, out)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT))}
     try:
-        fast = torch.compile(net)
-        with torch.autocast("cuda", torch.bfloat16):
-            fast(x, t).float().mean().backward()
-        net.zero_grad()
-        return fast
-    except Exception as error:
-        print(f"going on uncompiled: {str(error).splitlines()[0][:100]}", flush=True)
-        return net
-
-
-def prepare(args, out, device, rank):
-    """The data, the configuration and, for --resume, the checkpoint of the run that was asked for."""
-    state = load(out) if getattr(args, "resume", False) else None
-    source = getattr(args, "data", state["config"]["data"] if state else None)
-    size = getattr(args, "size", state["config"].get("size", 32) if state else 32)
-    data = load_data(source, args.data_dir, size, rank)
-    if state is None:
-        config = complete(args, data, device)
-    else:
-        config = state["config"]
-        asked = {k: v for k, v in vars(args).items() if k in SETTINGS} | dict(data=data.source)
-        differ = [f"{k.replace('_', '-')} {config.get(k)} there, {v} here" for k, v in asked.items()
-                  if config.get(k) != v]
-        if differ or data.chars != config["chars"]:
-            fail(f"{out} was trained with other settings ({'; '.join(differ) or 'the characters of the text'}): "
-                 "leave them out, or choose another --out")
-        if state["step"] >= config["steps"]:
-            fail(f"the run in {out} has done its {config['steps']} steps: use it with --sample or --eval")
-    found = f"{len(data.train)}-{zlib.crc32(data.train[:2000].contiguous().numpy()):08x}"
-    if config.setdefault("fingerprint", found) != found:
-        fail(f"the data of the run in {out} has changed since it began: bring it back, or choose another --out")
-    if config["chars"] and min(len(data.train), len(data.test)) < config["length"]:
-        fail(f"{data.name} is too short for --length {config['length']}")
-    if hasattr(args, "prompt"):
-        encode_prompt(args.prompt, config)
-    return data, config, state
-
-
-def prepare_in_turn(args, out, device, rank, world):
-    """prepare, first where it may download or decode, then in one process of each other machine, then in the rest."""
-    if world == 1:
-        return prepare(args, out, device, rank)
-    turn = 0 if rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
-    for now in range(3):
-        if now == turn:
-            found = prepare(args, out, device, rank)
-        dist.barrier()
-    dist.all_gather_object(every := [None] * world, found[1])
-    if any(config != found[1] for config in every):
-        fail("the processes found different data: give them the same --data-dir")
-    return found
-
-
-def open_run(out, config):
-    """The folder of a run, with its config.json, for this process alone: the lock goes when the process ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "w")
-    try:
-        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another run is being written to {out}: choose another --out")
-    write_whole(out / "config.json", json.dumps(config, indent=1).encode())
-    return lock
-
-
-def train(args, out, device):
-    """One run: new, or resumed from its checkpoint."""
-    rank, world = join_processes(device)
-    data, config, state = prepare_in_turn(args, out, device, rank, world)
-    out = out or pathlib.Path(f"runs/{config['model']}-{data.name}")
-    if state is None and (out / "checkpoint.pt").exists():
-        fail(f"{out} already holds a run: go on with --resume, or choose another --out")
-    B, steps, T = config["batch_size"], config["steps"], config["timesteps"]
-    if B % world:
-        fail(f"--batch-size {B} does not divide by {world} processes")
-
-    torch.manual_seed(config["seed"])
-    net, diffusion = build(config)
-    net, diffusion = net.to(device, memory_format=torch.channels_last), diffusion.to(device)
-    both, ema, start = optimizers(net, config["lr"]), average(net), 0
-    if state:
-        net.load_state_dict(state["model"])
-        ema.module.load_state_dict(state["ema"])
-        for optimizer, moments in zip(both, state["optimizer"]):
-            optimizer.load_state_dict(moments)
-        ema.n_averaged.fill_(state["step"])
-        start = state["step"]
-    examples = data.train.to(device) if data.train.numel() < 4e9 else data.train
-    part = slice(rank * B // world, (rank + 1) * B // world)
-    try:
-        x0, t, noise = batch(start, config, diffusion, examples, part)
-        objective(config, diffusion, net, x0[:1], t[:1], noise[:1])
-    except ValueError as error:
-        fail(f"{error}; see --size, --width, --levels and --length")
-    fast = compiled(net, device, x0 if config["model"] == "d3pm" else noise, t)
-    parallel = fast
-    if world > 1:
-        parallel = nn.parallel.DistributedDataParallel(fast, [device] if device.type == "cuda" else None)
-
-    def model(xt, t):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return parallel(xt, t)
-
-    if rank == 0:
-        lock = open_run(out, config)            # held by its name until the end
-        print(f"{config['model']} on {data.name} ({len(data.train):,} {'characters' if data.chars else 'images'}), "
-              f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} million parameters, {device}"
-              f"{f' x {world}' if world > 1 else ''}, batch {B}, steps {start} to {steps} -> {out}")
-        print(f"yardsticks: {yardsticks(data, config)}; samples and bounds use the EMA weights", flush=True)
-        if not config["chars"]:
-            forward_picture(data.test[:1].to(device), [diffusion], config).save(out / "forward.png")
-
-    asked = []                                               # signals to stop
-    handlers = {n: signal.signal(n, lambda *_: asked.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
-    log_every, test_every = max(1, min(50, steps // 10)), max(1, steps // 5)
-    save_every = getattr(args, "save_every", max(1, min(1000, steps // 10)))
-    rows = [row for row in read_log(out) if int(row["step"]) <= start]
-    losses = torch.zeros(2, 4, device=device)                # by quarter of t: sum and number
-    bad = torch.full((), math.inf, device=device)            # the first step with a loss that is not finite
-    since, clock = start, time.monotonic()
-
-    for step in range(start, steps):
-        x0, t, noise = batch(step, config, diffusion, examples, part)
-        loss = objective(config, diffusion, model, x0, t, noise)
-        net.zero_grad()
-        loss.mean().backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        lr = learning_rate(step, steps, config["lr"])
-        for optimizer in both:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-        ema.update_parameters(net)
-        loss, done = loss.detach(), step + 1
-        losses += torch.zeros_like(losses).index_add(1, (t - 1) * 4 // T, torch.stack([loss, torch.ones_like(loss)]))
-        bad = torch.where(loss.isfinite().all(), bad, bad.clamp(max=done))
-
-        report, keep = done % log_every == 0 or done == steps, done % save_every == 0 or done == steps
-        stopping = torch.tensor(bool(asked), dtype=torch.float)
-        if world > 1:
-            dist.all_reduce(stopping)
-        if not (report or keep or stopping):
-            continue
-        # The one place that waits for the device. A bad gradient of a good loss shows in the weights.
-        bad = torch.where(nn.utils.get_total_norm(list(net.parameters())).isfinite(), bad, bad.clamp(max=done))
-        seen = losses.flatten().clone()
-        if world > 1:
-            dist.all_reduce(seen)
-            dist.all_reduce(bad, dist.ReduceOp.MIN)
-        seen = seen.tolist()
-        if math.isfinite(bad):
-            fail(f"the loss is not finite at step {int(bad)}: {out} keeps the last good checkpoint; try a lower --lr")
-        if report and rank == 0:
-            sums, numbers, rate = seen[:4], seen[4:], (done - since) * B / (time.monotonic() - clock)
-            row = dict(step=done, loss=sum(sums) / sum(numbers), lr=lr, rate=round(rate, 1), test_bits="")
-            row |= {f"quarter{i + 1}": sums[i] / numbers[i] if numbers[i] else math.nan for i in range(4)}
-            if done % test_every == 0 or done == steps:
-                row["test_bits"] = held_out(ema.module, diffusion, data, config, out)
-            rows.append(row)
-            write_log(out, rows)
-            left, quarters = int((steps - done) * B / rate), " ".join(f"{row[f'quarter{i}']:.3f}" for i in range(1, 5))
-            bits = f"  test {row['test_bits']:.3f} bits/dim" if row["test_bits"] else ""
-            show(f"step {done}/{steps}  loss {row['loss']:.4f} (by t {quarters})  {rate:.0f}/s  "
-                 f"{left // 60}:{left % 60:02d} left{bits}", last=done == steps)
-        if report:
-            losses.zero_()
-            since, clock = done, time.monotonic()
-        if rank == 0 and (keep or stopping):
-            save(out / "checkpoint.pt", dict(model=net.state_dict(), ema=ema.module.state_dict(),
-                                             optimizer=[one.state_dict() for one in both], step=done, config=config))
-        if stopping:
-            fail(f"stopped at step {done}; go on with --resume")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if rank == 0:
-        loss_figure(out)
-        sample(ema.module.eval(), diffusion, config, out, 16 if config["chars"] else 64, args)
-        print_written(out)
-    if world > 1:
+        for number, handler in handlers.items():
+            if handler != signal.SIG_IGN or number == signal.SIGINT:               # nohup ignores SIGHUP
+                signal.signal(number, lambda number, frame: run.signals.append(number))
+        loop(run, network, data, examples, labels, out)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if WORLD > 1:
         dist.destroy_process_group()
+    if RANK == 0:
+        attempt(loss_figure, run, out / "loss.png")
+        classes = len(run.config["classes"])
+        sample(run, out, 16 if run.text else classes * max(2, 64 // classes) if classes else 64, {})
+        lock.close()
+    return out
 
 
-def print_written(out):
-    """The files of a run."""
-    print(f"in {out}: " + ", ".join(sorted(file.name for file in out.glob("[!.]*"))))
+def loop(run, network, data, examples, labels, out):
+    """From run.step to the last step: train; now and then report, measure and save."""
+    config, steps, T = run.config, run.config["steps"], run.config["timesteps"]
+    log_every, test_every = max(1, min(50, steps // 10)), max(1, min(2000, steps // 5))
+    sums, since, clock = torch.zeros(2, 4, device=run.device), run.step, time.monotonic()
+    while run.step < steps:
+        x0, t, noise, y = batch(run, examples, labels)
+        loss, lr = train_step(run, network, x0, t, noise, y)
+        # By quarter of t: the losses' sum and number. They stay on the device until they are reported.
+        both = torch.stack([loss, torch.ones_like(loss)])
+        sums += torch.zeros_like(sums).index_add(1, (t - 1) * 4 // T, both)
+        run.step += 1
+
+        last, best = run.step == steps, False
+        measure = last or run.step % test_every == 0
+        report = measure or run.step % log_every == 0
+        save, stop = last or run.step % config["save_every"] == 0, any_process(run.signals)
+        if not (report or save or stop):
+            continue
+        row = read(run, sums, since)        # the one place that waits for the device
+        if report and RANK == 0:
+            rate = (run.step - since) * config["batch_size"] / max(time.monotonic() - clock, 1e-9)
+            row |= dict(lr=lr, rate=round(rate, 1), test_bits=held_out(run, data, out) if measure else "")
+            best = row["test_bits"] != "" and all(row["test_bits"] <= bits for _, bits in measured(run.rows))
+            run.rows.append(row)
+            attempt(write_log, run.rows, out / "log.csv")
+            tell(run, row, rate)
+        if report:
+            sums.zero_()
+            since, clock = run.step, time.monotonic()
+        if RANK == 0 and (save or stop or best):
+            saved = attempt(save_checkpoint, run, out, best)
+            need(saved or not (last or stop), f"{out / 'checkpoint.pt'} can't be written: the last steps are lost")
+        need(not stop, f"stopped at step {run.step}{', the last: --sample uses it' if last else '; go on with --resume'}")
 
 
-def read_log(out):
-    """The rows of log.csv, if there is one."""
-    path = out / "log.csv"
-    return list(csv.DictReader(path.open())) if path.exists() else []
-
-
-def write_log(out, rows):
-    """log.csv anew, whole."""
-    lines = [",".join(map(str, line)) for line in (rows[0], *(row.values() for row in rows))]
-    write_whole(out / "log.csv", ("\n".join(lines) + "\n").encode())
+def train_step(run, network, x0, t, noise, y):
+    """One step of the optimisers and of the average -> the losses (B,) and the learning rate."""
+    run.net.zero_grad()
+    losses, n = [], run.config["accumulate"]
+    labels = [None] * n if y is None else y.chunk(n)
+    for x0, t, noise, y in zip(x0.chunk(n), t.chunk(n), noise.chunk(n), labels):     # the same gradient in less memory
+        loss = objective(run, functools.partial(run.call, network, y=y), x0, t, noise)
+        (loss.mean() / n).backward()
+        losses.append(loss.detach())
+    nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
+    lr = learning_rate(run.step, run.config["steps"], run.config["lr"])
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    average(run.ema, run.net, run.step)
+    return torch.cat(losses), lr
 
 
 @torch.no_grad()
-def held_out(net, diffusion, data, config, out):
-    """Bits/dim of 32 test examples in 100 steps, and a grid of samples so far. The next step sets its own seed."""
+def average(ema, net, step):
+    """One step of the EMA; its decay warms up as (1 + n) / (10 + n), so that early weights are forgotten."""
+    decay = min(0.9999, (1 + step) / (10 + step)) if step else 0.0
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def read(run, sums, since):
+    """The mean losses of all processes as a row of the log, "" where a quarter is empty; the run ends if not finite."""
+    norm = nn.utils.get_total_norm(list(run.net.parameters()))              # a bad gradient of a good loss shows here
+    numbers = torch.cat([sums.flatten(), norm.detach()[None]])
+    if WORLD > 1:
+        dist.all_reduce(numbers)
+    *numbers, norm = numbers.tolist()
+    need(math.isfinite(sum(numbers) + norm), f"the loss is not finite at step {run.step}, or since step {since + 1}: "
+         "the last good checkpoint is kept; try a lower --lr")
+    row = dict(step=run.step, loss=sum(numbers[:4]) / sum(numbers[4:]), lr="", rate="", test_bits="")
+    return row | {f"quarter{i + 1}": numbers[i] / numbers[i + 4] if numbers[i + 4] else "" for i in range(4)}
+
+
+@torch.no_grad()
+def held_out(run, data, out):
+    """Bits of 32 test examples in 100 steps, and samples so far; "" if a signal comes. The next step seeds itself."""
     torch.manual_seed(0)
-    x0 = states(test_examples(data, config, 32).to(diffusion.device), config)
-    bits = diffusion.bits_per_dim(net.eval(), x0, 100)["total"].mean().item()
-    if not config["chars"]:
-        save_grid(out / "samples.png", pictures(draw(net, diffusion, config, 16, 20)[0], config))
+    x0, y = test_examples(run, data, 32)
+    n, steps = (4, 64) if run.text else (16, 20)
+    try:
+        bits = run.diffusion.bits_per_dim(run.model(y, exact=True), x0, 100)["total"].mean().item()
+        x0, _ = draw(run, run.model(all_labels(run, n)), n, steps)
+    except KeyboardInterrupt:
+        return ""
+    if run.text:
+        attempt(write_texts, run, x0, out)
+    else:
+        attempt(save_grid, run.pictures(x0), out / "samples.png")
     return bits
 
 
-def test_examples(data, config, n):
-    """The first n test images, or n windows spread over the test text."""
-    if not config["chars"]:
-        return data.test[:n]
-    starts = torch.linspace(0, len(data.test) - config["length"], n).long()
-    return data.test[starts[:, None] + torch.arange(config["length"])]
+def test_examples(run, data, n):
+    """The first n test images, or n windows spread over the test text, as states; and their labels or None."""
+    examples = run.examples(data.test)
+    if run.text:
+        examples = examples[torch.arange(n) * (len(examples) - 1) // max(1, n - 1)]
+    labels = data.test_labels[:n].to(run.device) if run.config["classes"] else None
+    return run.states(examples[:n].to(run.device)), labels
+
+
+def measured(rows):
+    """The steps of the log's rows at which the held-out bits were measured, and these."""
+    return [(row["step"], row["test_bits"]) for row in rows if row["test_bits"] != ""]
+
+
+def introduce(run, data, out):
+    """What is trained, in two lines, and an image on its way to noise."""
+    config, parameters, T = run.config, sum(p.numel() for p in run.net.parameters()), run.diffusion.T
+    say(f"{config['model']} on {data.name} ({len(data.train):,} {'characters' if run.text else 'images'}), "
+        f"{parameters / 1e6:.2f} million parameters, {run.device}{f' x {WORLD}' if WORLD > 1 else ''}, "
+        f"batch {config['batch_size']}, steps {run.step} to {config['steps']} -> {out}")
+    say(f"yardsticks: {yardsticks(run, data)}; samples and bounds use the EMA weights")
+    if RANK == 0 and not run.text:
+        torch.manual_seed(0)
+        x0 = run.states(data.test[:1].to(run.device))
+        noisy = torch.cat([run.diffusion.q_step(x0, 0, i * T // 9) for i in range(10)])
+        attempt(save_grid, run.pictures(noisy).cpu(), out / "forward.png", 10)
+
+
+def tell(run, row, rate):
+    """One line about a row of the log."""
+    left = int((run.config["steps"] - run.step) * run.config["batch_size"] / rate)
+    quarters = " ".join(f"{row[f'quarter{i}']:.3f}" if row[f"quarter{i}"] != "" else "-" for i in range(1, 5))
+    bits = f"  test {row['test_bits']:.3f} {run.unit}" if row["test_bits"] != "" else ""
+    say(f"step {run.step}/{run.config['steps']}  loss {row['loss']:.4f} (by t {quarters})  {rate:.0f}/s  "
+        f"{left // 60}:{left % 60:02d} left{bits}")
+
+
+def compiled(run, x0, t, noise, y):
+    """The network for training: with several processes wrapped, on a GPU compiled, else as it is.
+
+    The wrapped network is compiled, so that the gradients of the last layers are sent while the first are computed.
+    """
+    network, cuda, part = run.net, run.device.type == "cuda", slice(len(t) // run.config["accumulate"])
+    if WORLD > 1:
+        network = nn.parallel.DistributedDataParallel(network, [run.device] if cuda else None)
+    if not cuda:
+        return network
+    say("compiling: a minute or two")
+    try:
+        fast = torch.compile(network)
+        run.call(fast, noise[part], t[part], None if y is None else y[part]).float().mean().backward()
+        return fast
+    except Exception as error:
+        if "out of memory" in str(error):
+            raise MemoryError(first_line(error)) from None
+        say(f"going on uncompiled: {first_line(error)[:100]}")
+        return network
+
+
+def any_process(signals):
+    """Whether a signal has come to any process: one answer for all, by gloo, which waits for no GPU."""
+    count = torch.tensor(float(len(signals)))
+    if WORLD > 1:
+        dist.all_reduce(count)
+    return bool(count)
+
+
+def in_turn(given, device):
+    """prepare(), first in rank 0, which may download or decode, then in one process of each machine, then in the rest."""
+    mine = min(RANK, 1 + int(os.environ.get("LOCAL_RANK", 0)), 2)
+    for turn in range(3 if WORLD > 1 else 1):
+        if turn == mine:
+            prepared = prepare(given, device)
+        any_process([])                     # the others wait here
+    configs = [prepared[1].config] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(configs, prepared[1].config)
+    need(all(config == configs[0] for config in configs), "the processes found different data: see --data-dir")
+    return prepared
 
 
 # ---------------------------------------------------------------- sampling
 
-def draw(net, diffusion, config, n, steps, eta=None, known=None, frames=20):
-    """n samples on the CPU, and about `frames` pairs (s, xs) on the way to them."""
-    extra = dict(eta=eta) if config["model"] == "ddpm" else dict(known=known)
-
-    def network(x, t):
-        with torch.autocast(diffusion.device.type, torch.bfloat16, enabled=diffusion.device.type == "cuda"):
-            return net(x, t)
-
-    grid, kept = [0, *diffusion.timesteps(steps)], []
-    for i, (s, xs, _) in enumerate(diffusion.sample_progressive(network, (n, *config["shape"]), steps, **extra)):
-        if s == 0 or i % max(1, len(grid) // frames) == 0:
-            kept.append((s, xs.cpu()))
-    return kept[-1][1], kept
+@torch.no_grad()
+def draw(run, model, n, steps, **how):
+    """n samples on the CPU, and about twenty pairs (s, xs) on the way to them."""
+    film, steps = [], run.diffusion.timesteps(steps)
+    for i, (s, xs, _) in enumerate(run.diffusion.sample_progressive(model, (n, *run.config["shape"]), steps, **how)):
+        if s == 0 or i % max(1, (len(steps) + 1) // 20) == 0:
+            film.append((s, xs.cpu()))
+    return film[-1][1], film
 
 
-def sample(net, diffusion, config, out, n, args):
-    """n samples into out, in chunks: samples.png, samples.gif and samples.npy; or samples.txt and samples.gif."""
-    torch.manual_seed(getattr(args, "seed", config["seed"]))
-    steps = getattr(args, "sample_steps", config["timesteps"] if config["chars"] else 50)
-    known = encode_prompt(args.prompt, config) if hasattr(args, "prompt") else None
-    chunk, parts = 64 if diffusion.device.type == "cpu" else 512, []
-    for first in range(0, n, chunk):
-        x0, frames = draw(net, diffusion, config, min(chunk, n - first), steps, getattr(args, "eta", None), known)
-        parts.append(x0)
-        if first == 0:
-            film = frames
-        show(f"sampled {min(first + chunk, n)} of {n}", last=first + chunk >= n, live_only=True)
-    x0 = torch.cat(parts)
-    if config["chars"]:
-        texts = [f"--- {i + 1}\n{text}\n" for i, text in enumerate(decode(x0, config))]
-        (out / "samples.txt").write_text("\n".join(texts), encoding="utf-8")
-        save_gif(out / "samples.gif", [text_picture(decode(xs[:4], config)) for _, xs in film])
-        for s, xs in dict(film[::max(1, len(film) // 6)] + film[-1:]).items():
-            print(f"t = {s:4d}  {decode(xs[:1], config)[0][:70]!r}")
-        return
-    images = pictures(x0, config)
-    np.save(raw := io.BytesIO(), images.permute(0, 2, 3, 1).numpy())
-    write_whole(out / "samples.npy", raw.getvalue())
-    save_grid(out / "samples.png", images[:64])
-    save_gif(out / "samples.gif", [grid_picture(pictures(xs[:36], config)) for _, xs in film])
+def all_labels(run, n):
+    """n labels in order, of each class as many; None for a run without labels."""
+    classes = len(run.config["classes"])
+    return torch.arange(n, device=run.device) * classes // n if classes else None
 
 
-def decode(x, config):
-    """Numbers of characters (B, L) as strings; a mask is shown as a middle dot."""
-    characters = config["chars"] + "\N{MIDDLE DOT}"
-    return ["".join(characters[i] for i in row) for row in x.tolist()]
+def chunks(run, n):
+    """0..n-1 in slices that are sampled or measured at a time."""
+    numbers = math.prod(run.config["shape"]) * (run.diffusion.K if run.discrete else 1)
+    size = min(64 if run.device.type == "cpu" else 512, max(1, 2 ** 26 // numbers))
+    return [slice(first, min(first + size, n)) for first in range(0, n, size)]
 
 
-def encode_prompt(prompt, config):
-    """A prompt as the `known` of D3PM.sample, (L,): -1 where it says _ and after its end."""
-    if not config["chars"]:
-        fail("--prompt is for text, and this run is of images")
-    strange = sorted(set(prompt) - set(config["chars"]) - {"_"})
-    if strange or len(prompt) > config["length"]:
-        fail(f"--prompt has characters that the run does not know: {strange}" if strange
-             else f"--prompt is longer than the run's {config['length']} characters")
-    return torch.tensor([-1 if c == "_" else config["chars"].index(c) for c in prompt.ljust(config["length"], "_")])
+def sample(run, out, n, given):
+    """n samples into out, in chunks, as the options ask for them."""
+    torch.manual_seed(given.get("seed", run.config["seed"]))
+    steps = given.get("sample_steps", run.config["timesteps"] if run.text else 50)
+    how = {"eta": given["eta"]} if "eta" in given else {}
+    how |= {"known": encode_prompt(run, given["prompt"])} if "prompt" in given else {}
+    y, samples, film = all_labels(run, n), [], []
+    if "label" in given:
+        y = torch.full_like(y, given["label"])
+    for part in chunks(run, n):
+        model = run.model(None if y is None else y[part], given.get("guidance", 0), given.get("temperature", 1))
+        x0, frames = draw(run, model, part.stop - part.start, steps, **how)
+        samples.append(x0)
+        film = film or frames
+        progress("sampled", part.start, part.stop, n)
+    if run.text:
+        write_texts(run, torch.cat(samples), out, film)
+    else:
+        write_images(run, torch.cat(samples), out, film, y, "label" in given)
+
+
+def write_texts(run, x0, out, film=()):
+    """samples.txt, samples.gif and a few lines on the screen."""
+    texts = [f"--- {i + 1}\n{text}\n" for i, text in enumerate(run.texts(x0))]
+    write(out / "samples.txt", "\n".join(texts).encode())
+    if film:
+        save_gif(out / "samples.gif", [text_picture(run.texts(xs[:4])) for _, xs in film])
+    for s, xs in dict([*film[::max(1, len(film) // 6)], *film[-1:]]).items():
+        say(f"t = {s:4d}  {run.texts(xs[:1])[0][:70]!r}")
+
+
+def write_images(run, x0, out, film, y, one_class):
+    """samples.npy (and labels.npy), samples.gif and samples.png, which has a row for each class."""
+    images, shown, columns = run.pictures(x0), torch.arange(min(64, len(x0))), None
+    for name, array in dict(samples=images.permute(0, 2, 3, 1), labels=y).items():
+        buffer = io.BytesIO()
+        if array is not None:
+            np.save(buffer, array.cpu().numpy())
+            write(out / f"{name}.npy", buffer.getbuffer())
+    save_gif(out / "samples.gif", [grid_picture(run.pictures(xs[:36])) for _, xs in film])
+    if y is not None and not one_class:
+        rows = [(y.cpu() == label).nonzero()[:8, 0] for label in y.unique().tolist()]
+        columns = min(len(row) for row in rows)
+        shown = torch.cat([row[:columns] for row in rows])
+    save_grid(images[shown], out / "samples.png", columns)
+
+
+def encode_prompt(run, prompt):
+    """A prompt as the `known` of D3PM.sample, (L,): -1 at a free place and after its end.
+
+    _ and the middle dot are free places, unless the run's text has them: then they stand for themselves.
+    """
+    chars, length = run.config["chars"], run.config["length"]
+    unknown = sorted(set(prompt) - set(chars) - {"_", "\N{MIDDLE DOT}"})
+    need(not unknown, f"--prompt has characters that the run does not know: {unknown}")
+    need(len(prompt) <= length, f"--prompt is longer than the run's {length} characters")
+    return torch.tensor([chars.find(c) for c in prompt] + [-1] * (length - len(prompt)))
+
+
+# ---------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def bounds(run, x0, y, grid):
+    """bits_per_dim of the examples x0 given y, in chunks: the mean over them, and the totals (B,), float64."""
+    parts = []
+    for part in chunks(run, len(x0)):
+        model = run.model(None if y is None else y[part], exact=True)
+        parts.append(run.diffusion.bits_per_dim(model, x0[part], grid))
+        progress("bounds", part.start, part.stop, len(x0))
+    parts = {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}
+    return {key: part.mean(0) for key, part in parts.items()}, parts["total"]
+
+
+def evaluate(run, out, data, n, given):
+    """The bound on n test examples, term by term: a table, eval.json, terms.png and lossy.png."""
+    torch.manual_seed(given.get("seed", run.config["seed"]))
+    x0, y = test_examples(run, data, n)
+    grid = run.diffusion.timesteps(given.get("sample_steps", 100))
+    mean, totals = bounds(run, x0, y, grid)
+    terms, error = mean["terms"], mean["x0_error" if run.discrete else "x0_mse"]
+    spread = f" +- {totals.std() / len(totals) ** 0.5:.4f}" if len(totals) > 1 else ""
+    quarters = " ".join(f"{quarter.sum():.4f}" if len(quarter) else "-" for quarter in terms[1:].tensor_split(4))
+    say(f"{run.config['model']} on {data.name}: {mean['total']:.4f} {run.unit}{spread} on {len(totals)} test examples, "
+        f"{len(grid)} steps{'' if y is None else ', given their labels'}\n  L_T {mean['prior']:.4f}\n"
+        f"  L_t {terms[1:].sum():.4f} in {len(grid) - 1} terms, by quarter of t: {quarters}\n  L_0 {terms[0]:.4f}\n"
+        f"  yardsticks: {yardsticks(run, data)}")
+    record = dict(total=mean["total"].item(), prior=mean["prior"].item(), steps=grid, terms=terms.tolist(),
+                  x0_mse_or_error=error.tolist(), examples=len(totals), unit=run.unit)
+    if y is not None:
+        record["total_without_labels"] = bounds(run, x0, None, grid)[0]["total"].item()
+        say(f"  without labels {record['total_without_labels']:.4f} {run.unit}")
+    write(out / "eval.json", json.dumps(record).encode())
+    terms_figure(run, mean["prior"], terms, error, grid, out / "terms.png")
+    if not run.text:
+        lossy_picture(run, x0[:8], None if y is None else y[:8], grid, out / "lossy.png")
+
+
+def terms_figure(run, prior, terms, error, grid, path):
+    """The bound's terms, their cumulative share, and progressive lossy compression."""
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.loglog(grid, (terms / torch.tensor([0, *grid]).diff()).clamp(min=1e-9), ".-", markersize=3)
+    left.set(xlabel="t", ylabel=f"{run.unit} for a unit of t", title="the bound's terms: L_0 first")
+    middle.semilogx(grid, 100 * terms.cumsum(0) / (terms.sum() + prior), ".-", markersize=3)
+    middle.set(xlabel="t", ylabel="% of the bound", ylim=(0, 103), title="share of the steps up to t")
+    # Sent from T downwards, x_s costs L_T and the terms above it; from x_s the receiver guesses x0_hat.
+    rate = prior + terms.flip(0).cumsum(0) - terms.flip(0)
+    right.plot(rate, 100 * error.flip(0) if run.discrete else error.flip(0).sqrt() * 127.5, ".-", markersize=3)
+    right.set(xlabel=f"rate, {run.unit}", title="progressive lossy compression",
+              ylabel="places guessed wrong, %" if run.discrete else "root mean square error, of 255")
+    figure.savefig(path, dpi=110)
+
+
+@torch.no_grad()
+def lossy_picture(run, x0, y, grid, path):
+    """What a receiver who has x_t guesses, for test images (rows) and falling t (columns); last the image."""
+    columns, times = [], [grid[i] for i in torch.linspace(len(grid) - 1, 0, 9).long().tolist()]
+    for t in times:
+        guess = run.diffusion.p_sample(run.model(y), run.diffusion.q_sample(x0, t), t)[1]  # x0_hat, or log p(x_0 | x_t)
+        columns.append(run.pictures(guess.argmax(-1) if run.discrete else guess))
+    rows = grid_picture(torch.stack([*columns, run.pictures(x0)], dim=1).flatten(0, 1).cpu(), 10)
+    rows = rows.resize((2 * rows.width, 2 * rows.height), Image.Resampling.NEAREST)
+    picture = ImageOps.expand(rows, (0, 20, 0, 0), fill="white")
+    for i, title in enumerate([f"t={t}" for t in times] + ["data"]):
+        ImageDraw.Draw(picture).text((i * picture.width // 10 + 6, 4), title, fill="black")
+    picture.save(path)
+
+
+def loss_figure(run, path):
+    """The loss by quarter of t, and the held-out bound."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in ("quarter1", "quarter2", "quarter3", "quarter4", "loss"):
+        rows = [row for row in run.rows if row[name] != ""]
+        left.semilogy([row["step"] for row in rows], [row[name] for row in rows], "k" if name == "loss" else "", label=name)
+    left.set(xlabel="step", title="training loss, by quarter of t")
+    left.legend(fontsize=7)
+    right.plot(*zip(*measured(run.rows)), "o-")
+    right.set(xlabel="step", title=f"{run.unit} of 32 test examples, EMA weights")
+    figure.savefig(path, dpi=110)
+
+
+def yardsticks(run, data):
+    """What trivial models need: how good is good. Of large images a part of them and of their pixels is counted."""
+    def entropy(counts):
+        return torch.distributions.Categorical(counts.double()).entropy() / math.log(2)
+
+    if run.text:
+        return f"unigram {entropy(torch.bincount(data.train)):.2f} bits/char"
+    K, D = run.config.get("levels", 256), data.train[0].numel()
+    images = data.train[:min(20000, max(1000, 4 * 10 ** 8 // D))].flatten(1)[:, ::1 + D // 4096]
+    counts = torch.stack([torch.bincount(pixel.long() * K // 256, minlength=K) for pixel in images.T])
+    return (f"the grey values' histogram {entropy(counts.sum(0)):.2f} bits/dim, "
+            f"each pixel's own histogram {entropy(counts).mean():.2f}")
+
+
+# ---------------------------------------------------------------- data
+
+def load_data(source, data_dir, size=32):
+    """A data set by name or path: train and test as uint8 (N, C, H, W), or the characters' numbers (N,).
+
+    None is Fashion-MNIST, or glyphs with one line saying so where it can't be had. chars are a text's characters in
+    order, or None; train_labels and test_labels int64 (N,) and classes their names, or None and [].
+    """
+    name, data_dir = source or "fashion-mnist", pathlib.Path(data_dir)
+    data = SimpleNamespace(name=name, source=name, chars=None, folder=False, train_labels=None, test_labels=None,
+                           classes=[], fingerprint=None)
+    if name in TORCHVISION:
+        try:
+            load_torchvision(data, data_dir)
+        except Exception as error:
+            need(source is None, f"{name} can't be had ({first_line(error)}). Put torchvision's files under "
+                 f"{data_dir / TORCHVISION[name]}, or choose another --data")
+            say(f"Fashion-MNIST can't be had ({first_line(error)}): training on the built-in glyphs instead.")
+            return load_data("glyphs", data_dir)
+    elif name == "glyphs":
+        load_glyphs(data)
+    elif name == "docs" or pathlib.Path(name).is_file():
+        load_text(data)
+    else:
+        known = f"{', '.join(TORCHVISION)}, glyphs, docs"
+        need(pathlib.Path(name).is_dir(), f"--data {name} is neither a known data set ({known}) nor a file or folder")
+        load_folder(data, data_dir, size)
+    if not data.fingerprint:
+        crc = zlib.crc32(data.test.contiguous().numpy(), zlib.crc32(data.train.contiguous().numpy()))
+        data.fingerprint = f"{len(data.train)}-{crc:08x}"
+    return data
+
+
+def load_torchvision(data, data_dir):
+    """Files that are there, else torchvision's download, which is given up when no byte comes for some seconds."""
+    cls, patience = getattr(torchvision.datasets, TORCHVISION[data.name]), socket.getdefaulttimeout()
+    socket.setdefaulttimeout(7)             # torchvision tries two addresses
+    try:
+        splits = [cls(data_dir, train=train, download=True) for train in (True, False)]
+    finally:
+        socket.setdefaulttimeout(patience)
+    images = [torch.as_tensor(split.data) for split in splits]
+    data.train, data.test = [x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous() for x in images]
+    data.train_labels, data.test_labels = [torch.as_tensor(split.targets).long() for split in splits]
+    data.classes = list(splits[0].classes)
+
+
+def load_glyphs(data):
+    """Grey 28 x 28 letters and digits: matplotlib's fonts under small random distortions."""
+    data.classes, cells = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"), []
+    for file in sorted(FONTS.glob("DejaVuSans*.ttf")) + sorted(FONTS.glob("DejaVuSerif*.ttf")):
+        for c in data.classes if "Display" not in file.name else []:
+            cell = Image.new("L", (56, 56))
+            ImageDraw.Draw(cell).text((28, 28), c, font=ImageFont.truetype(str(file), 40), fill=255, anchor="mm")
+            cells.append(torch.from_numpy(np.array(cell)))
+    cells = torch.stack(cells)
+    data.train, data.train_labels = distorted(cells, 20000, len(data.classes), seed=1)
+    data.test, data.test_labels = distorted(cells, 2000, len(data.classes), seed=2)
+
+
+def distorted(cells, n, classes, seed):
+    """n of the cells (N, 56, 56), turned, scaled, sheared and moved at random: uint8 (n, 1, 28, 28), and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(len(cells), (n,), generator=generator)
+    noise = 2 * torch.rand(n, 6, generator=generator) - 1
+    angle, scale, shear = 0.15 * noise[:, 0], 1 + 0.15 * noise[:, 1], 0.15 * noise[:, 2]
+    turn = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], 1).reshape(n, 2, 2)
+    theta = torch.cat([turn * scale[:, None, None], 0.1 * noise[:, 3:5, None]], dim=2)
+    grid = nn.functional.affine_grid(theta, (n, 1, 56, 56), align_corners=False)
+    large = nn.functional.grid_sample(cells[index, None].float(), grid, align_corners=False)
+    return nn.functional.avg_pool2d(large, 2).round().to(torch.uint8), index % classes
+
+
+def load_text(data):
+    """The characters of docs or of a UTF-8 file as numbers, a byte each where there are up to 256."""
+    text, path = "\n\n".join(pydoc_data.topics.topics.values()), pathlib.Path(data.name).resolve()
+    if data.name != "docs":
+        data.name, data.source = path.stem, str(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            need(False, f"{path} is not UTF-8 text")
+    need("\0" not in text, f"{path} is not text")
+    need(len(text) >= 1000, f"{path} is too short to learn from ({len(text)} characters)")
+    data.chars = "".join(sorted(set(text)))
+    codes = np.frombuffer(data.chars.encode("utf-32-le"), np.uint32)
+    number = np.zeros(codes[-1] + 1, np.uint8 if len(codes) <= 256 else np.int16 if len(codes) < 2 ** 15 else np.int32)
+    number[codes] = np.arange(len(codes))
+    pieces = [text[i:i + 2 ** 20] for i in range(0, len(text), 2 ** 20)]          # at once they would need 4 bytes each
+    numbers = np.concatenate([number[np.frombuffer(piece.encode("utf-32-le"), np.uint32)] for piece in pieces])
+    data.train, data.test = torch.from_numpy(numbers).split([len(text) - len(text) // 10, len(text) // 10])
+
+
+def load_folder(data, data_dir, size):
+    """All images below a folder, decoded once into a file that is mapped; the sub-folders are their classes."""
+    folder = pathlib.Path(data.name).resolve()
+    data.folder, data.name, data.source, files = True, folder.name, str(folder), image_files(folder)
+    stamps = [f"{ascii(file)} {os.stat(folder / file).st_size} {os.stat(folder / file).st_mtime_ns}" for file in files]
+    cache = data_dir / f"{folder.name}-{size}-{zlib.crc32(' '.join(stamps).encode()):08x}.pixels"
+    if not cache.with_suffix(".json").exists():
+        data_dir.mkdir(parents=True, exist_ok=True)
+        decode(folder, files, size, cache)
+    found = json.loads(cache.with_suffix(".json").read_text())
+    labels, left_out, n = found["labels"], found["left_out"], len(found["labels"])
+    if left_out:
+        say(f"left out {len(left_out)} of {len(files)} files, which can't be read as images: {', '.join(left_out[:5])}")
+    need(n >= 2, f"{folder} holds {n} images: at least 2 are needed (one is held out)")
+    images = torch.from_numpy(np.memmap(cache, np.uint8, "c", shape=(n, 3, size, size)))[:, :1 if found["grey"] else 3]
+    data.test, data.train = images.split([max(1, n // 10), n - max(1, n // 10)])
+    data.classes, data.fingerprint = sorted({label for label in labels if label}), found["fingerprint"]
+    labels = torch.tensor([data.classes.index(label) if label else -1 for label in labels])
+    data.test_labels, data.train_labels = labels.split([len(data.test), len(data.train)])
+
+
+def image_files(folder):
+    """Paths below a folder that look like images, in order; links are followed, hidden files and runs are no data."""
+    kinds = {kind for kind, name in Image.registered_extensions().items() if name in Image.OPEN}
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real, is_run = os.path.realpath(place), {"config.json", ".lock"} <= set(names)
+        if real in seen or is_run:          # a link to a folder above would go round for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = [os.path.join(place, name) for name in names if not name.startswith(".")]
+        files += [os.path.relpath(path, folder) for path in paths
+                  if os.path.splitext(path)[1].lower() in kinds and os.path.isfile(path)]
+    return sorted(files)
+
+
+def decode(folder, files, size, cache):
+    """Decode the files in a random order into `cache`, and write into a .json beside it what they are."""
+    files = [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))]
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(16, cpus) if len(files) > 1000 else 0                             # to start them takes a while
+    loader = torch.utils.data.DataLoader([os.path.join(folder, file) for file in files], 64, num_workers=workers,
+                                         collate_fn=functools.partial(squares, size=size))
+    partial, labels, left_out, crc, grey, done = cache.with_suffix(f".{os.getpid()}.tmp"), [], [], 0, True, 0
+    try:
+        with open(partial, "wb") as out:    # not through a memory map: on a full disk that is a bus error
+            for images in loader:
+                for file, image in zip(files[done:done + 64], images):
+                    name = os.fsencode(file).decode(errors="backslashreplace")
+                    if image is None:
+                        left_out.append(name)
+                        continue
+                    out.write(image.tobytes())
+                    labels.append(name.split(os.sep)[0] if os.sep in name else "")
+                    crc, grey = zlib.crc32(image.tobytes(), crc), grey and (image == image[:1]).all()
+                progress("decoding", done, done + len(images), len(files))
+                done += len(images)
+        os.replace(partial, cache)
+    finally:
+        partial.unlink(missing_ok=True)
+    found = dict(labels=labels, left_out=left_out, grey=bool(grey), fingerprint=f"{len(labels)}-{crc:08x}")
+    write(cache.with_suffix(".json"), json.dumps(found).encode())
+
+
+def squares(files, size):
+    """Images, upright, centre-cropped and scaled: uint8 (3, size, size), or None where a file can't be read as one."""
+    Image.MAX_IMAGE_PIXELS, images = None, []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                image = ImageOps.exif_transpose(image)           # cameras store how they were held
+                if image.mode[0] in "IF":   # 16 bits and more, or floats, which convert would cut at 255
+                    image = Image.fromarray(to_8_bits(np.asarray(image, np.float32), image.mode == "F"))
+                image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+            images.append(np.array(image).transpose(2, 0, 1))
+        except Exception:
+            images.append(None)
+    return images
+
+
+def to_8_bits(values, floats):
+    """Deep grey values as uint8, over the first usual range that holds them, else over their own."""
+    finite = values[np.isfinite(values)]
+    low, high = finite.min(), finite.max()                       # ValueError where there is none: no image
+    usual = [(0, 1), (-1, 1)] if floats else [(0, 2 ** bits - 1) for bits in (8, 10, 12, 14, 16)]
+    low, high = next(((a, b) for a, b in usual if a <= low and high <= b), (low, high))
+    shares = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-12)
+    return (255 * shares).astype(np.uint8)
+
+
+# ---------------------------------------------------------------- files
+
+def find_folder(given):
+    """Where the run that the options name lives."""
+    model, path = given.get("model", "ddpm"), pathlib.Path(given.get("data", "fashion-mnist")).resolve()
+    out = pathlib.Path(given.get("out", f"runs/{model}-{path.name if path.is_dir() else path.stem}"))
+    glyphs = not given.keys() & {"out", "data"} and not out.exists()               # Fashion-MNIST could not be had then
+    return pathlib.Path(f"runs/{model}-glyphs") if glyphs else out
+
+
+def prepare(given, device):
+    """The data, the run (with --resume that of the checkpoint, if there is one) and its folder."""
+    out, data_dir = find_folder(given), given.get("data_dir", "data")
+    if "resume" in given and (out / "checkpoint.pt").exists():
+        run = load(out / "checkpoint.pt", device)
+        old = run.config
+        data = load_data(given.get("data", old["data"]), data_dir, old.get("size", 32))
+        differ = [f"{name.replace('_', '-')} {old.get(name)} there, {given[name]} here" for name in FIXED
+                  if name in given and given[name] != old.get(name)]
+        need(not differ, f"{out} was trained with other settings ({'; '.join(differ)}): leave them out, or choose another --out")
+        need(data.fingerprint == old["fingerprint"],
+             f"the data of the run in {out} has changed since it began: bring it back, or choose another --out")
+        old |= dict(data=data.source) | {name: given[name] for name in FREE if name in given}
+        need(run.step < old["steps"], f"the run in {out} has done its {run.step} steps: --steps N trains longer")
+    else:
+        data = load_data(given.get("data"), data_dir, given.get("size", 32))
+        config = complete(given, data, device)
+        out = pathlib.Path(given.get("out", f"runs/{config['model']}-{data.name}"))
+        need(not (out / "checkpoint.pt").exists(), f"{out} already holds a run: go on with --resume, or choose another --out")
+        need(len(data.test) >= config.get("length", 1), f"{data.name} is too short for --length {config.get('length')}")
+        try:
+            run = Run(config, device)
+            x0 = run.states(run.examples(data.test)[:1].to(device))
+            run.diffusion.loss_simple(run.net, x0)
+        except ValueError as error:
+            need(False, f"{error}; see --size, --width, --levels and --length")
+    parts = WORLD * run.config["accumulate"]
+    need(run.config["batch_size"] % parts == 0, f"--batch-size {run.config['batch_size']} does not divide by {parts} parts")
+    return data, run, out
+
+
+def load(path, device):
+    """The run in a checkpoint; one line where there is none or it can't be read."""
+    need(path.exists(), f"no checkpoint in {path.parent}: train first, or name the run with --out")
+    previous = path.with_suffix(".previous.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:
+        need(False, f"{path} is damaged or not a checkpoint of train.py"
+             + (f"; the one before is {previous}: copy it there" if previous.exists() else ""))
+    need(isinstance(state, dict) and {"model", "ema", "step", "config"} <= state.keys(), f"{path} is not a checkpoint of train.py")
+    need("rows" in state, f"{path} was written by an earlier version of train.py: train anew")
+    try:
+        run = Run(state["config"], device)
+        run.net.load_state_dict(state["model"])
+        run.ema.load_state_dict(state["ema"])
+        for optimizer, moments in zip(run.optimizers, state["optimizer"], strict=True):
+            optimizer.load_state_dict(moments)
+    except (RuntimeError, KeyError, ValueError) as error:
+        need(False, f"{path} is of another version of train.py, with another network ({first_line(error)})")
+    run.step, run.rows = state["step"], state["rows"]
+    return run
+
+
+def load_run(given, device):
+    """The run to use, and its folder. Its weights are the last ones, unless older ones had a better held-out bound."""
+    out = find_folder(given)
+    path, run = out / "checkpoint.pt", load(out / "checkpoint.pt", device)
+    bits = [bits for _, bits in measured(run.rows)]
+    if bits and min(bits) < bits[-1] and (out / "best.pt").exists():
+        path, run = out / "best.pt", load(out / "best.pt", device)
+    say(f"EMA weights of step {run.step}, from {path}")
+    classes, config = run.config["classes"], run.config
+    wants = dict(eta=(not run.discrete, "ddpm"), variance=(not run.discrete, "ddpm"), temperature=(run.discrete, "d3pm"),
+                 prompt=(run.text, "text"), label=(classes, "runs with --labels"), guidance=(classes, "runs with --labels"),
+                 model=(given.get("model") == config["model"], "the run's own model"))
+    for name in wants.keys() & given.keys():
+        need(wants[name][0], f"--{name} is for {wants[name][1]}, and the run in {out} is of {config['model']} "
+             f"{'with' if classes else 'without'} labels on {config['data']}")
+    names = ", ".join(f"{i} {name}" for i, name in enumerate(classes))
+    need(given.get("label", 0) < max(1, len(classes)), f"--label must be one of {names}, got {given.get('label')}")
+    if "variance" in given:
+        need(config["variance"] == "learned" or given["variance"] != "learned",
+             f"the run in {out} has learnt no variance: --variance takes a number there")
+        run.diffusion = build(config | dict(variance=given["variance"]))[1].to(device)
+    return run, out
+
+
+def test_data(run, given, out):
+    """The data to measure a run on: its own, unchanged, or other data of its kind."""
+    config = run.config
+    data = load_data(given.get("data", config["data"]), given.get("data_dir", "data"), config.get("size", 32))
+    need(bool(data.chars) == run.text and (run.text or list(data.train.shape[1:]) == config["shape"]),
+         f"{data.name} does not fit the run in {out}, which is of {config['data']}")
+    if data.fingerprint != config["fingerprint"]:
+        need(data.source != config["data"],
+             f"the data of the run in {out} has changed since it began, and its test split with it: bring it back")
+        say(f"{data.name} is not the data that the run was trained on, but may hold some of it")
+    if run.text:
+        unknown = sorted(set(data.chars) - set(config["chars"]))
+        need(not unknown, f"{data.name} has characters that the run in {out} does not know: {unknown}")
+        need(len(data.test) >= config["length"], f"{data.name} is too short: its last tenth must hold {config['length']} characters")
+        data.test = torch.tensor([config["chars"].index(c) for c in data.chars])[data.test.long()]
+    if config["classes"] and data.classes != config["classes"]:
+        data.test_labels = torch.full((len(data.test),), -1)
+    return data
+
+
+def open_run(run, out):
+    """The folder of a run, with its config.json, for this process alone: the lock goes when the process ends."""
+    if RANK:
+        return None
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        need(False, f"another run is being written to {out}: choose another --out")
+    except OSError:                         # a file system without locks
+        pass
+    write(out / "config.json", json.dumps(run.config, indent=1).encode())
+    return lock
+
+
+def save_checkpoint(run, out, best):
+    """checkpoint.pt, the one before as checkpoint.previous.pt, and the best so far as best.pt."""
+    buffer = io.BytesIO()
+    torch.save(dict(model=run.net.state_dict(), ema=run.ema.state_dict(), step=run.step, config=run.config, rows=run.rows,
+                    optimizer=[optimizer.state_dict() for optimizer in run.optimizers]), buffer)
+    if (out / "checkpoint.pt").exists():
+        link(out / "checkpoint.pt", out / "checkpoint.previous.pt")
+    write(out / "checkpoint.pt", buffer.getbuffer())
+    if best:
+        link(out / "checkpoint.pt", out / "best.pt")
+
+
+def link(path, name):
+    """A second name for a file, which costs no second write; a copy where the file system has no links."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
+
+
+def write(path, content):
+    """Bytes into a temporary file, flushed to the disk, then renamed: path never holds half of them."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def attempt(save, *arguments):
+    """Save something that training can go on without: a full disk is a warning. -> whether it worked"""
+    try:
+        save(*arguments)
+        return True
+    except OSError as error:
+        say(f"warning: {error.filename or save.__name__}: {error.strerror or error}; going on")
+        return False
+
+
+def write_log(rows, path):
+    """log.csv anew, whole: it is for reading, and a resumed run has the rows from its checkpoint."""
+    write(path, "".join(",".join(map(str, line)) + "\n" for line in (rows[0], *(row.values() for row in rows))).encode())
 
 
 def grid_picture(images, columns=None):
@@ -888,9 +1138,9 @@ def grid_picture(images, columns=None):
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
-def save_grid(path, images):
+def save_grid(images, path, columns=None):
     """grid_picture as a PNG, twice as large as life where that is small."""
-    picture = grid_picture(images)
+    picture = grid_picture(images.cpu(), columns)
     scale = 2 if picture.width < 400 else 1
     picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST).save(path)
 
@@ -912,197 +1162,87 @@ def text_picture(texts, columns=64):
     return picture
 
 
-# ---------------------------------------------------------------- evaluation
-
-@torch.no_grad()
-def evaluate(net, diffusion, config, out, n, args, data):
-    """The bound on n test examples, term by term: eval.json, a table, terms.png and lossy.png."""
-    torch.manual_seed(getattr(args, "seed", config["seed"]))
-    steps, device = getattr(args, "sample_steps", 100), diffusion.device
-    examples, parts = test_examples(data, config, n), []
-    for chunk in examples.split(64 if device.type == "cpu" else 256):
-        parts.append(diffusion.bits_per_dim(net, states(chunk.to(device), config), steps))
-        show(f"bounds of {sum(len(part['total']) for part in parts)} of {len(examples)} examples", live_only=True)
-    result = {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}
-    grid, unit = diffusion.timesteps(steps), "bits/char" if config["chars"] else "bits/dim"
-    terms, total = result["terms"].mean(0), result["total"]
-    show(f"{config['model']} on {data.name}: {total.mean():.4f} {unit} +- {total.std() / len(total) ** 0.5:.4f} "
-         f"on {len(total)} test examples, {len(grid)} steps", last=True)
-    print(f"  L_T {result['prior'].mean():.4f}\n  L_t {terms[1:].sum():.4f} in {len(grid) - 1} terms, by quarter of t: "
-          + " ".join(f"{quarter.sum():.4f}" for quarter in terms[1:].tensor_split(4)) + f"\n  L_0 {terms[0]:.4f}")
-    print(f"  yardsticks: {yardsticks(data, config)}")
-    error = result["x0_mse" if "x0_mse" in result else "x0_error"].mean(0)
-    write_whole(out / "eval.json", json.dumps(dict(
-        total=total.mean().item(), prior=result["prior"].mean().item(), steps=grid, terms=terms.tolist(),
-        x0_mse_or_error=error.tolist(), examples=len(total), unit=unit)).encode())
-
-    left, right = panels(2, (9, 3.2))
-    lengths = torch.tensor(grid) - torch.tensor([0, *grid[:-1]])
-    left.loglog(grid, (terms / lengths).clamp(min=1e-9), ".-", markersize=3)
-    left.set(xlabel="t", ylabel=f"{unit} for a unit of t", title="the bound's terms: L_0 first")
-    # Sent from T downwards, x_s costs L_T and the terms above it; from x_s the receiver guesses x0_hat.
-    rate = result["prior"].mean() + terms.flip(0).cumsum(0)
-    distortion = error.flip(0).sqrt() * 127.5 if "x0_mse" in result else 100 * error.flip(0)
-    right.plot(torch.cat([result["prior"].mean()[None], rate[:-1]]), distortion, ".-", markersize=3)
-    right.set(xlabel=f"rate, {unit}", title="progressive lossy compression",
-              ylabel="root mean square error, of 255" if "x0_mse" in result else "places guessed wrong, %")
-    save_figure(out / "terms.png")
-    if not config["chars"]:
-        lossy_pictures(net, diffusion, config, out / "lossy.png", states(examples[:8].to(device), config), grid)
-
-
-def lossy_pictures(net, diffusion, config, path, x0, grid):
-    """What a receiver who has x_t guesses, for eight test images (rows) and falling t (columns); last the image."""
-    columns = []
-    for t in [grid[i] for i in torch.linspace(len(grid) - 1, 0, 9).long().tolist()]:
-        guess = diffusion.p_sample(net, diffusion.q_sample(x0, t), t)[1]       # x0_hat, or log p(x_0 | x_t)
-        columns.append(pictures(guess if config["model"] == "ddpm" else guess.argmax(-1), config))
-    images = torch.stack([*columns, pictures(x0, config)], dim=1).flatten(0, 1).cpu()
-    grid_picture(images, columns=10).save(path)
-
-
-# ---------------------------------------------------------------- figures
-
-def panels(n, size):
-    """n axes side by side, as a list."""
-    return list(plt.subplots(1, n, figsize=size, layout="constrained", squeeze=False)[1][0])
-
-
-def save_figure(path):
-    """The figure drawn last."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plt.savefig(path, dpi=110)
-    plt.close()
-
-
-def loss_figure(out):
-    """loss.png from log.csv: the loss by quarter of t, and the held-out bound."""
-    rows, (loss, bound) = read_log(out), panels(2, (9, 3))
-    step = [int(row["step"]) for row in rows]
-    for name in ("quarter1", "quarter2", "quarter3", "quarter4", "loss"):
-        loss.semilogy(step, [float(row[name]) for row in rows], "k" if name == "loss" else "", label=name)
-    loss.set(xlabel="step", title="training loss, by quarter of t")
-    loss.legend(fontsize=7)
-    seen = [row for row in rows if row["test_bits"]]
-    bound.plot([int(row["step"]) for row in seen], [float(row["test_bits"]) for row in seen], "o-")
-    bound.set(xlabel="step", title="bits/dim of 32 test examples, EMA weights")
-    save_figure(out / "loss.png")
-
-
-def forward_picture(x0, diffusions, config):
-    """One image at ten times under each diffusion, a row each."""
-    torch.manual_seed(0)
-    x = states(x0, config)
-    return grid_picture(torch.cat([pictures(diffusion.q_step(x, 0, t).cpu(), config) for diffusion in diffusions
-                                   for t in torch.linspace(0, diffusion.T, 10).long().tolist()]), columns=10)
-
-
-def figures(folder, data):
-    """The README's pictures that need no training."""
-    def strip(axis, chains, config):
-        axis.imshow(forward_picture(data.test[:1], chains.values(), config), cmap="gray")
-        axis.set_yticks([30 * i + 16 for i in range(len(chains))], chains)
-        axis.set_xticks([30 * i + 16 for i in range(10)], [f"{i / 9:.2g}" for i in range(10)])
-        axis.set(xlabel="t / T")
-
-    T = 1000
-    chains = {name: ddpm.GaussianDiffusion(betas(T), variance=0.0) for name, betas in
-              (("linear", ddpm.linear_beta_schedule), ("cosine", ddpm.cosine_beta_schedule))}
-    images, kept = panels(2, (11, 2.6))
-    strip(images, chains, dict(model="ddpm"))
-    for name, chain in chains.items():
-        kept.plot(chain.alpha_bar, label=name)
-    kept.set(xlabel="t", title="alpha_bar: share of the signal's power")
-    kept.legend()
-    save_figure(folder / "forward.png")
-
-    ratio, weights, strides = panels(3, (13, 3))
-    for n, height in ((1000, 3), (100, None), (50, 2), (10, 1)):
-        grid = chains["cosine"].timesteps(n)
-        noise = 1 - chains["cosine"].alpha_bar[grid]
-        if n != 50:
-            ratio.plot(grid[1:], noise[:-1] / noise[1:], label=f"{n} steps")
-        if height:
-            strides.plot(grid, [height] * n, "|", markersize=14)
-    ratio.set(xlabel="t", title="beta_tilde / beta: the ends of the learned range")
-    for name, chain in chains.items():
-        alpha, noise_s = chain.alpha_bar[2:] / chain.alpha_bar[1:-1], 1 - chain.alpha_bar[1:-1]
-        weights.semilogy(range(2, T + 1), (1 - alpha) / (2 * alpha * noise_s), label=name)
-    weights.set(xlabel="t", title="the weight of ||eps - eps_hat||^2 that L_simple drops")
-    strides.set(xlabel="t", yticks=[3, 2, 1], yticklabels=["1000 steps", "50", "10"], ylim=(0.3, 3.7),
-                title="strided sampling: a list of times")
-    ratio.legend(), weights.legend()
-    save_figure(folder / "improved.png")
-
-    [axis], mean, std, x = panels(1, (5, 3)), torch.tensor(0.4), torch.tensor(0.25), torch.linspace(-1, 1, 9)
-    fine = torch.linspace(-1.4, 1.6, 300)
-    density = torch.distributions.Normal(mean, std).log_prob(fine).exp()
-    axis.plot(fine, density / 4, "k", label="density, scaled to a bin")
-    axis.bar(x, ddpm.discretized_gaussian_log_likelihood(x, mean, std.log(), len(x)).exp(), 0.24, alpha=0.5,
-             label="mass of a level's bin; the outer two are open")
-    axis.set(xlabel="x_0", title="the decoder L_0, for 9 levels", ylim=(0, 0.5))
-    axis.legend(fontsize=7, loc="upper left")
-    save_figure(folder / "decoder.png")
-
-    def families(K, T, masks=0):
-        return dict(uniform=d3pm.uniform_transition(K, d3pm.cosine_betas(T)),
-                    absorbing=d3pm.absorbing_transition(K + masks, d3pm.mutual_information_betas(T)),
-                    gaussian=d3pm.gaussian_transition(K, d3pm.linear_betas(T)))
-
-    K, T = 16, 100
-    ring = torch.polar(torch.ones(K), 2 * math.pi * torch.arange(K) / K)
-    near = d3pm.neighbour_transition(torch.view_as_real(ring), d3pm.linear_betas(T), 2)
-    shown, times = families(K, T) | dict(neighbour=near), (50, 50, 1, 25)       # each where its shape is plain
-    for axis, (name, family), t in zip(panels(4, (11, 3)), shown.items(), times):
-        axis.imshow(family.matrix(0, t), cmap="magma", vmin=0, vmax=0.4)
-        axis.set(title=f"{name}, Q_bar at t = {t}", xlabel="x_t", ylabel="x_0", xticks=[], yticks=[])
-    save_figure(folder / "transitions.png")
-    strip(panels(1, (9, 3.2))[0], {name: d3pm.D3PM(family) for name, family in families(256, T, masks=1).items()},
-          dict(model="d3pm", chars=None, levels=256))
-    save_figure(folder / "forward-d3pm.png")
-    print(f"written to {folder}: " + ", ".join(sorted(f.name for f in folder.glob("*.png"))))
-
-
 # ---------------------------------------------------------------- what was asked for
 
-def main(argv=None):
-    """Train, sample, evaluate or draw, as the command line says; every foreseeable fault ends in one line."""
-    args = options(argv)
-    args.data_dir = getattr(args, "data_dir", "data")
-    out = pathlib.Path(args.out) if hasattr(args, "out") else None
-    use = hasattr(args, "sample") or hasattr(args, "eval") or hasattr(args, "resume")
-    if out is None and use:
-        model, path = getattr(args, "model", "ddpm"), pathlib.Path(getattr(args, "data", "fashion-mnist")).resolve()
-        out = pathlib.Path(f"runs/{model}-{path.name if path.is_dir() else path.stem}")
-        if not hasattr(args, "data") and not out.exists():       # Fashion-MNIST could not be had then
-            out = pathlib.Path(f"runs/{model}-glyphs")
+def progress(what, before, done, total):
+    """A line for each tenth of a long work."""
+    if done == total or done * 10 // total > before * 10 // total:
+        say(f"{what} {done} of {total}")
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def find_device(name=None):
+    """The device that was asked for, else the best one found; it must run a kernel, not only be there."""
+    found = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = find_device(getattr(args, "device", None))
-        if hasattr(args, "figures"):
-            return figures(pathlib.Path("assets"), load_data(getattr(args, "data", None), args.data_dir))
-        if not (hasattr(args, "sample") or hasattr(args, "eval")):
-            return train(args, out, device)
-        net, diffusion, config = restore(out, device, args)
-        if hasattr(args, "sample"):
-            sample(net, diffusion, config, out, args.sample, args)
-        if hasattr(args, "eval"):
-            data = load_data(getattr(args, "data", config["data"]), args.data_dir, config.get("size", 32))
-            if bool(data.chars) != bool(config["chars"]) or not data.chars and list(data.shape) != config["shape"]:
-                fail(f"{data.name} does not fit the run in {out}, which is of {config['data']}")
-            if data.chars:                  # in the run's numbers
-                strange = sorted(set(data.chars) - set(config["chars"]))
-                if strange:
-                    fail(f"{data.name} has characters that the run in {out} does not know: {strange}")
-                if len(data.test) < config["length"]:
-                    fail(f"{data.name} is too short: its last tenth must hold {config['length']} characters")
-                number = torch.tensor([config["chars"].index(c) for c in data.chars])
-                data.train, data.test, data.chars = number[data.train], number[data.test], config["chars"]
-            evaluate(net, diffusion, config, out, args.eval, args, data)
-        print_written(out)
-    except KeyboardInterrupt:
-        fail("interrupted")
-    except OSError as error:
-        fail(f"{error.filename or out}: {error.strerror or error}")
+        local = os.environ.get("LOCAL_RANK", RANK % max(1, torch.cuda.device_count()))
+        device = torch.device(f"cuda:{local}" if found == "cuda" else found)
+        torch.ones(1, device=device).add(1).item()
+        return device
+    except (RuntimeError, AssertionError) as error:
+        need(name is None, f"--device {name} can't be used here ({first_line(error)})")
+        say(f"{found} can't be used here ({first_line(error)}): going on with the CPU")
+        return torch.device("cpu")
+
+
+def command(given, store):
+    """Train, sample or evaluate."""
+    device = find_device(given.get("device"))
+    if not {"sample", "eval"} & given.keys():
+        if WORLD > 1:       # gloo is for what the processes agree on between steps, on the CPU: no GPU is waited for
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK,
+                                    world_size=WORLD, timeout=datetime.timedelta(days=1))
+        out = train(given, device)
+    else:
+        need(WORLD == 1, "--sample and --eval run on one process: leave torchrun out")
+        run, out = load_run(given, device)
+        if "sample" in given:
+            sample(run, out, given["sample"], given)
+        if "eval" in given:
+            evaluate(run, out, test_data(run, given, out), given["eval"], given)
+    say(f"in {out}: {', '.join(sorted(file.name for file in out.glob('[!.]*')))}")
+
+
+def explain(error):
+    """A foreseeable fault as one line, or None."""
+    line = first_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError):
+        return f"{os.fsencode(error.filename).decode(errors='backslashreplace')}: {error.strerror}" if error.filename else line
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return f"out of memory: try a smaller --batch-size, or --accumulate 2 for the same steps in less ({line[:100]})"
+    if WORLD > 1 and isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+        return f"another process has ended ({line[:100]})"
+    return None
+
+
+def main(argv=None):
+    """Do what the command line says; every foreseeable fault ends in one line, which one process says."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:      # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):         # what the terminal can't show is written out
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    store = None
+    try:
+        if WORLD > 1:
+            need({"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(), "for several processes, start them by torchrun")
+            store = next(dist.rendezvous("env://"))[0]
+        try:
+            command(options(argv), store)
+        except (Exception, KeyboardInterrupt) as error:
+            if explain(error) is None:
+                raise
+            need(False, explain(error))
+    except SystemExit as end:
+        if end.code and store is not None and store.add("faults", 1) > 1:          # another process has said what went wrong
+            raise SystemExit(1) from None
+        raise end from None
 
 
 if __name__ == "__main__":

@@ -52,23 +52,44 @@ def home(tmp_path):
     return tmp_path
 
 
-def command(home, *args, launcher=(sys.executable,), **options):
+def command(home, *args, launcher=(sys.executable,), script=ROOT / "train.py", **options):
     """train.py in the folder `home` as a process of its own: to be killed, limited or launched by torchrun."""
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1") | options.pop("env", {})
-    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *map(str, args)], cwd=home, env=env, text=True,
+    return subprocess.Popen([*launcher, str(script), *map(str, args)], cwd=home, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_small_times_of_v_are_drawn_more_often(prediction):
-    """In proportion to 1/2 + alpha_bar_t for v, and all times alike for eps."""
-    B, betas = 4000, torch.tensor([0.1, 0.3, 0.5, 0.9])
-    config = dict(model="ddpm", prediction=prediction, seed=0, batch_size=B, timesteps=4, chars=None)
-    diffusion = train.ddpm.GaussianDiffusion(betas, prediction)
-    _, t, _ = train.batch(0, config, diffusion, torch.zeros(3, 1, 2, 2, dtype=torch.uint8), slice(B))
-    weight = {"eps": torch.ones(4), "v": 0.5 + torch.tensor([0.9, 0.63, 0.315, 0.0315])}[prediction]
-    share = torch.bincount(t, minlength=5)[1:] / B
-    assert (share - weight / weight.sum()).abs().max() < 2 / B, f"shares of 1..4 are {share.tolist()}"
+def stand_in(**config):
+    """What batch, times and objective need of a run."""
+    config = dict(model="ddpm", prediction="eps", variance="learned", seed=0, batch_size=4000, timesteps=4, plain=False,
+                  mirror=False, dropout=0.0) | config
+    diffusion = train.ddpm.GaussianDiffusion(torch.tensor([0.1, 0.3, 0.5, 0.9]), config["prediction"])
+    return SimpleNamespace(config=config, device=torch.device("cpu"), discrete=False, step=0, diffusion=diffusion,
+                           states=lambda x: x.float())
+
+
+@pytest.mark.parametrize("prediction, plain", [("eps", False), ("v", False), ("v", True)])
+def test_small_times_of_v_are_drawn_more_often(prediction, plain):
+    """In proportion to 1/2 + alpha_bar_t for v, and all times alike for eps and by the papers' recipe."""
+    run = stand_in(prediction=prediction, plain=plain)
+    _, t, _, _ = train.batch(run, torch.zeros(3, 1, 2, 2, dtype=torch.uint8))
+    weight = torch.ones(4) if plain or prediction == "eps" else 0.5 + torch.tensor([0.9, 0.63, 0.315, 0.0315])
+    share = torch.bincount(t, minlength=5)[1:] / len(t)
+    off = (share - weight / weight.sum()).abs().max()
+    assert 0 < off < 0.04 if plain else off < 2 / len(t), f"shares of 1..4 are {share.tolist()}"
+
+
+def test_new_draws_leave_the_old_ones_alone():
+    """Dropped labels and left-out units change no image, time or noise; a tenth of the labels is dropped."""
+    images, labels = torch.arange(12, dtype=torch.uint8).reshape(3, 1, 2, 2), torch.tensor([5, 6, 7])
+    old, new = train.batch(stand_in(), images), train.batch(stand_in(dropout=0.5), images, labels)
+    assert all(torch.equal(a, b) for a, b in zip(old[:3], new[:3])) and old[3] is None
+    y = torch.where(new[3] < 0, new[0][:, 0, 0, 0] / 4 + 5, new[3].float())
+    assert torch.equal(y, new[0][:, 0, 0, 0] / 4 + 5), "each label is its image's, or -1"
+    assert 0.07 < (new[3] == -1).float().mean() < 0.13
+    mirrored, _, _, _ = train.batch(stand_in(mirror=True), images)
+    turned = (mirrored[:, 0, 0, 0] > mirrored[:, 0, 0, 1]).float().mean()
+    assert 0.45 < turned < 0.55
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 9), (8, 8), (32, 288)])
@@ -105,7 +126,7 @@ def test_muon_is_torchs_own():
 
 def test_every_weight_has_one_optimiser():
     net = train.ddpm.UNet(1, 2, width=8, mults=(1, 2), attention=(1,))
-    muon, adam = ([id(p) for group in one.param_groups for p in group["params"]] for one in train.optimizers(net, 0.1))
+    muon, adam = ([id(p) for group in one.param_groups for p in group["params"]] for one in train.optimizers(net, dict(lr=0.1, plain=False)))
     assert sorted(muon + adam) == sorted(map(id, net.parameters()))
     assert set(adam) == {id(p) for p in net.parameters() if p.ndim == 1}
 
@@ -114,10 +135,13 @@ def test_every_weight_has_one_optimiser():
 def test_variance_is_trained_for_the_steps_of_a_hundred_and_at_every_time(T, stride):
     """Steps as long as T / 100, but s = 0 from t = 1 alone, as on every grid; weight 0.001 + (t / T)^2."""
     t = torch.arange(1, T + 1)
-    seen = SimpleNamespace(loss_hybrid=lambda model, x0, t, noise, s, weight: (s, weight))
-    s, weight = train.objective(dict(model="ddpm", variance="learned", timesteps=T), seen, None, None, t, None)
+    run = stand_in(timesteps=T)
+    run.diffusion = SimpleNamespace(loss_hybrid=lambda model, x0, t, noise, s=None, weight=1e-3: (s, weight))
+    s, weight = train.objective(run, None, None, t, None)
     assert s.tolist() == [0, *(max(1, i - stride) for i in range(2, T + 1))]
     torch.testing.assert_close(weight, torch.tensor([0.001 + (i / T) ** 2 for i in range(1, T + 1)]))
+    run.config["plain"] = True
+    assert train.objective(run, None, None, t, None) == (None, 1e-3), "the papers: single steps, one weight"
 
 
 def run(home, *args):
@@ -134,18 +158,18 @@ def refused(home, *args):
     with contextlib.chdir(home), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
         with pytest.raises(SystemExit) as end:
             train.main([str(arg) for arg in args])
-    line = str(end.value.code) if end.value.code != 2 else error.getvalue().strip().splitlines()[-1]
+    line = str(end.value.code)
     assert line.startswith("train.py: ") and "\n" not in line, line
     return line
 
 
-def torchrun(home, *args):
+def torchrun(home, *args, script=ROOT / "train.py"):
     """train.py on two processes, to its end -> what they printed on the two streams."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
-    return command(home, *args, launcher=launcher).communicate(timeout=300)
+    return command(home, *args, launcher=launcher, script=script).communicate(timeout=300)
 
 
 def one_line(process):
@@ -173,15 +197,16 @@ def assert_equal(a, b):
 
 
 MODELS = {"ddpm": ["--data", "fashion-mnist"], "d3pm-image": ["--model", "d3pm", "--data", "fashion-mnist", "--levels", 8],
+          "labels": ["--model", "d3pm", "--data", "fashion-mnist", "--levels", 40, "--labels", "--dropout", 0.1],
           "d3pm-text": ["--model", "d3pm", "--data", "text.txt", "--length", 16]}
 
 
-@pytest.mark.parametrize("kind", ["ddpm", "d3pm-text"])
+@pytest.mark.parametrize("kind", ["ddpm", "d3pm-text", "labels"])
 def test_killed_five_times_and_resumed_is_the_unbroken_run(home, kind):
     """kill -9 at five random moments, then --resume: the same weights, EMA and optimiser, bit for bit."""
     args, moments = [*MODELS[kind], *TINY, "--steps", 40], random.Random(1)
     run(home, *args, "--out", "whole")
-    for attempt in range(5):
+    for _ in range(5):
         resume = ["--resume"] if (home / "broken" / "checkpoint.pt").exists() else []
         process, before = command(home, *args, "--out", "broken", *resume), time.monotonic()
         written = home / "broken" / "log.csv"
@@ -198,9 +223,9 @@ def test_killed_five_times_and_resumed_is_the_unbroken_run(home, kind):
     assert_equal(weights(home / "whole"), weights(home / "broken"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_says_where_and_goes_on(home, number):
-    """Ctrl-C and SIGTERM write a checkpoint at the step they stop at."""
+    """Ctrl-C, SIGTERM and SIGHUP write a checkpoint at the step they stop at."""
     args = [*MODELS["ddpm"], *TINY, "--steps", 30, "--save-every", 30]
     run(home, *args, "--out", "whole")
     process = command(home, *args, "--out", "stopped")
@@ -240,6 +265,79 @@ def test_two_processes_go_on_with_what_one_began(home):
     assert two["step"] == 10 and half["step"] == 5 and worst < 0.02 * moved, (worst, moved)
 
 
+def test_a_fault_of_one_process_is_said_once_with_its_rank(home):
+    """Rank 1 has no memory left at its third step: one line, which names it, and what to do."""
+    (home / "faulty.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+step = train.train_step
+def faulty(run, *parts):
+    if train.RANK == 1 and run.step == 2:
+        raise train.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return step(run, *parts)
+train.train_step = faulty
+train.main()
+""")
+    _, err = torchrun(home, *MODELS["ddpm"], *TINY, "--out", "run", script=home / "faulty.py")
+    lines = [line for line in err.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1 and "rank 1" in lines[0] and "--accumulate" in lines[0], err
+    assert not re.search(r"File .*train.py", err), err
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "labels"])
+def test_accumulated_parts_are_one_batch(home, kind):
+    """The same gradient, within float error, from one and from two parts; dropout would draw other units."""
+    args = [*MODELS[kind], *TINY, "--steps", 1, *(["--dropout", 0] if kind == "labels" else [])]
+    run(home, *args, "--out", "one")
+    run(home, *args, "--accumulate", 2, "--out", "two")
+    one, two = ({k: v for k, v in weights(home / out).items() if k.endswith((".mean", "exp_avg"))}
+                for out in ("one", "two"))
+    scale, worst = max(v.abs().max() for v in one.values()), max((one[k] - two[k]).abs().max() for k in one)
+    assert one.keys() == two.keys() and scale > 0 and worst < 1e-5 * scale, (worst, scale)
+    assert "divide" in refused(home, *args, "--accumulate", 3, "--out", "three")
+
+
+def test_a_run_goes_on(home):
+    """--resume begins a run, goes on with more steps and another rate, and never repeats a done one."""
+    args = [*MODELS["ddpm"], *TINY, "--out", "run", "--resume"]
+    run(home, *args)
+    assert "10 steps: --steps N" in refused(home, *args)
+    said = run(home, "--out", "run", "--resume", "--steps", 15, "--lr", 1e-4)
+    assert "steps 10 to 15" in said and weights(home / "run")["step"] == 15
+    assert "other settings (width 8 there, 16 here)" in refused(home, "--out", "run", "--resume", "--steps", 20, "--width", 16)
+    assert [line.split(",")[0] for line in (home / "run" / "log.csv").read_text().split()[1:]] == list(map(str, range(1, 16)))
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "d3pm-text"])
+def test_a_run_is_measured_five_times(home, kind):
+    """630 steps do not divide by 50: the held-out bits and the samples come all the same."""
+    run(home, *MODELS[kind], *TINY, "--steps", 630, "--save-every", 630, "--batch-size", 2, "--out", "run")
+    rows = [line.split(",") for line in (home / "run" / "log.csv").read_text().splitlines()]
+    measured = [int(row[0]) for row in rows[1:] if row[rows[0].index("test_bits")]]
+    assert measured == [126, 252, 378, 504, 630]
+
+
+def test_the_best_weights_are_kept_and_used(home):
+    """best.pt has checkpoint.pt's form; it is used once later weights are worse, and said to be."""
+    run(home, *MODELS["ddpm"], *TINY, "--out", "run")
+    assert_equal(weights(home / "run"), weights(home / "run", "best.pt"))
+    assert "step 10, from run/checkpoint.pt" in run(home, "--out", "run", "--sample", 1, "--sample-steps", 2)
+    state = torch.load(home / "run" / "checkpoint.pt", weights_only=True)
+    state["rows"].append(state["rows"][-1] | dict(step=11, test_bits=1e3))
+    torch.save(state | dict(step=11), home / "run" / "checkpoint.pt")
+    assert "step 10, from run/best.pt" in run(home, "--out", "run", "--eval", 2, "--sample-steps", 2)
+
+
+def test_a_signal_is_noticed_while_samples_are_drawn(home):
+    """The held-out measurement gives up, and the loop saves."""
+    config = train.complete(dict(timesteps=8, width=8), train.load_data("fashion-mnist", home / "data"), torch.device("cpu"))
+    here, data = train.Run(config, torch.device("cpu")), train.load_data("fashion-mnist", home / "data")
+    assert train.held_out(here, data, home) > 0
+    here.signals.append(signal.SIGTERM)
+    assert train.held_out(here, data, home) == ""
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_run_is_used(home, kind):
     """Training, --sample, --eval: every file that the README names is written and loads."""
@@ -259,33 +357,226 @@ def test_a_run_is_used(home, kind):
     else:
         images = np.load(home / "run" / "samples.npy")
         assert images.dtype == np.uint8 and images.shape == (5, 28, 28, 1)
+    if kind == "labels":
+        assert np.load(home / "run" / "labels.npy").tolist() == [0, 2, 4, 6, 8]
+        run(home, "--out", "run", "--sample", 3, "--sample-steps", 3, "--label", 7, "--guidance", 1, "--temperature", 0.5)
+        assert np.load(home / "run" / "labels.npy").tolist() == [7, 7, 7]
+        assert "0 T-shirt/top" in refused(home, "--out", "run", "--sample", 1, "--label", 10)
+    else:
+        assert "--labels" in refused(home, "--out", "run", "--sample", 1, "--label", 7)
+    wrong = dict(ddpm=["--temperature", 0.5]).get(kind, ["--eta", 0])
+    assert "and the run in run is of" in refused(home, "--out", "run", "--sample", 1, *wrong)
+    assert "nan" not in run(home, "--out", "run", "--eval", 1, "--sample-steps", 2)
     said = run(home, "--out", "run", "--eval", 6, "--sample-steps", 4)
+    assert ("without labels" in said) == (kind == "labels") and ("bits/char" in said) == text
     assert re.search(r"L_T .*\n.*L_t .*\n.*L_0 ", said) and (home / "run" / "terms.png").exists()
     state = torch.load(home / "run" / "checkpoint.pt", weights_only=True)
     assert {"model", "ema", "step", "config"} <= state.keys() and not any(k.startswith("module.") for k in state["ema"])
 
 
 def test_a_folder_of_images_trains(home):
-    """Any size and mode, 16 bits too, decoded once into one file; the second run finds it. No change goes unseen."""
-    deep = np.full((20, 20), 65535 // 2, np.uint16)
-    (home / "deep").mkdir()
-    for name in ("a.png", "b.png"):
-        Image.fromarray(deep).save(home / "deep" / name)
-    shades = train.load_data(str(home / "deep"), home / "data", 16).train
-    assert shades.shape == (2, 1, 16, 16) and (shades == 127).all(), "half of 16 bits is half of 8"
-    args = ["--data", "images", "--size", 16, *TINY]
-    assert "decoding" in run(home, *args, "--out", "a")
-    assert "decoding" not in run(home, *args, "--out", "b")
+    """Any size and mode, decoded once into one file; the second run finds it, even if the folder has moved."""
+    args = ["--size", 16, *TINY]
+    assert "decoding" in run(home, "--data", "images", *args, "--out", "a")
+    assert "decoding" not in run(home, "--data", "images", *args, "--out", "b")
     assert_equal(weights(home / "a"), weights(home / "b"))
-    run(home, *args[:-1], "5", "--steps", 4, "--out", "c")
-    (home / "images" / "broken.png").write_bytes(b"no image")
-    assert "broken.png" in refused(home, *args, "--out", "d")
-    (home / "images" / "broken.png").unlink()
-    shutil.copy(home / "images" / "0.png", home / "images" / "new.png")
-    state = torch.load(home / "c" / "checkpoint.pt", weights_only=True)
-    state["config"]["steps"] = 8
-    torch.save(state, home / "c" / "checkpoint.pt")
-    assert "has changed" in refused(home, "--out", "c", "--resume")
+    (home / "images").rename(home / "moved")
+    run(home, "--data", "moved", "--out", "a", "--resume", "--steps", 12)
+    run(home, "--out", "a", "--eval", 1, "--sample-steps", 2)
+    shutil.copy(home / "moved" / "0.png", home / "moved" / "new.png")
+    assert "has changed" in refused(home, "--out", "a", "--resume", "--steps", 15)
+    assert "has changed" in refused(home, "--out", "a", "--eval", 1)
+    shutil.copytree(home / "moved", home / "other")
+    assert "is not the data" in run(home, "--out", "a", "--eval", 1, "--sample-steps", 2, "--data", "other")
+
+
+def folder(home, name, **images):
+    """A folder of pictures; x_tif is x.tif. -> the data set of it, 16 pixels a side."""
+    (home / name).mkdir()
+    for file, image in images.items():
+        image.save(home / name / file.replace("_", "."), **image.info)
+    return train.load_data(str(home / name), home / "data", 16)
+
+
+def test_pictures_lie_as_a_viewer_shows_them(home):
+    """Four files with four orientations of EXIF, all of one scene."""
+    scene, shown = np.zeros((16, 16), np.uint8), {}
+    scene[:8, :8] = 255
+    for orientation, stored in {1: scene, 3: scene[::-1, ::-1], 6: np.rot90(scene), 8: np.rot90(scene, -1)}.items():
+        image = Image.fromarray(np.ascontiguousarray(stored))
+        image.info["exif"] = Image.Exif()
+        image.info["exif"][0x0112] = orientation
+        shown[f"{orientation}_png"] = image
+    data = folder(home, "photos", **shown)
+    for x in torch.cat([data.train, data.test]):
+        assert torch.equal(x[0], torch.from_numpy(scene)), x
+
+
+def test_deep_pictures_keep_their_range(home):
+    """16 bits, 12 bits in 16, floats in -1..1, in other units and with a NaN, all from black to white; half is half."""
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    with_nan = ramp.copy()
+    with_nan[3, 3] = np.nan
+    deep = dict(a_png=(ramp * 65535).astype(np.uint16), b_png=(ramp * 4095).astype(np.uint16), c_tif=2 * ramp - 1, d_tif=ramp,
+                e_tif=with_nan, f_tif=1000 * ramp - 300)
+    data = folder(home, "deep", **{name: Image.fromarray(pixels) for name, pixels in deep.items()})
+    for x in torch.cat([data.train, data.test]):
+        x = x.flatten()[torch.arange(256) != 3 * 16 + 3].int()
+        due = torch.arange(256)[torch.arange(256) != 3 * 16 + 3]
+        assert (x - due).abs().max() <= 1, x.tolist()
+    half = folder(home, "half", **{f"{i}_png": Image.fromarray(np.full((20, 20), 65535 // 2, np.uint16)) for i in range(2)})
+    assert (half.train == 127).all()
+
+
+def test_grey_is_one_channel(home):
+    """Grey floats, GIFs, palettes and even RGB; one coloured picture makes it three."""
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    kinds = dict(a_tif=grey.convert("F"), b_gif=grey, c_png=grey.convert("P"), d_png=grey.convert("RGB"), e_png=grey.convert("LA"))
+    assert folder(home, "grey", **kinds).train.shape[1] == 1
+    assert folder(home, "mixed", **kinds, f_png=Image.new("RGB", (16, 16), "red")).train.shape[1] == 3
+
+
+def test_what_is_no_picture_is_left_out(home):
+    """Bad names, a Mac's shadows, links (even in circles), cut files and runs: counted, named, and the rest trains."""
+    images, away = home / "images", home / "away"
+    away.mkdir()
+    Image.new("RGB", (20, 20), "blue").save(away / "linked.png")
+    Image.new("RGB", (20, 20), "green").save(os.fsencode(images) + b"/caf\xe9.png")
+    (images / "._x.jpg").write_bytes(b"resource fork")
+    (images / "cut.png").write_bytes((images / "0.png").read_bytes()[:-200])
+    (images / "none.png").write_bytes(b"")
+    (images / "link").symlink_to(away)
+    (images / "circle").symlink_to(images)
+    said = run(home, "--data", "images", "--size", 16, *TINY, "--out", "images/run")
+    assert "left out 2 of 28" in said and "cut.png" in said and "none.png" in said
+    assert "images/run" in said and "(24 images)" in said, said
+    run(home, "--out", "images/run", "--data", "images", "--resume", "--steps", 12)
+
+
+@pytest.mark.parametrize("n", [2, 3, 9, 20])
+def test_held_out_pictures_are_held_out(home, n):
+    data = folder(home, "few", **{f"{i}_png": Image.new("L", (16, 16), 10 * i) for i in range(n)})
+    assert len(data.test) == max(1, n // 10) and len(data.train) == n - len(data.test)
+    assert not set(data.test.flatten().tolist()) & set(data.train.flatten().tolist())
+
+
+def test_subfolders_are_classes_and_decoding_in_parallel_is_the_same(home):
+    """More pictures than one process decodes, in two classes and without one."""
+    for name in ("cats", "dogs"):
+        (home / "many" / name).mkdir(parents=True)
+    for i in range(1002):
+        place = ("cats", "dogs", ".")[i % 3]
+        Image.new("L", (4, 4), {"cats": 50, "dogs": 150, ".": 250}[place]).save(home / "many" / place / f"{i}.png")
+    data = train.load_data(str(home / "many"), home / "data", 4)
+    assert data.classes == ["cats", "dogs"] and len(data.train) == 902 and len(data.test) == 100
+    for split, labels in ((data.train, data.train_labels), (data.test, data.test_labels)):
+        assert torch.equal(split[:, 0, 0, 0], torch.tensor([50, 150, 250], dtype=torch.uint8)[labels])
+
+
+@pytest.mark.parametrize("source, classes", [("fashion-mnist", 10), ("glyphs", 62)])
+def test_labels_are_those_of_the_images(home, source, classes):
+    data = train.load_data(source, home / "data")
+    assert len(data.classes) == classes and len(data.train_labels) == len(data.train)
+    assert 0 <= data.train_labels.min() and data.train_labels.max() < classes
+    if source == "glyphs":                # a full stop's worth of ink in l, the most in W and M
+        ink = [data.train[data.train_labels == data.classes.index(c)].float().mean() for c in "lMW"]
+        assert ink[0] < 0.5 * min(ink[1:])
+
+
+def test_text_as_it_is_written(home):
+    """A byte order mark is no character; a prompt's underscores are held where the text has them; windows end in time."""
+    (home / "bom.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    bom, plain = (train.load_data(str(home / name), home / "data") for name in ("bom.txt", "text.txt"))
+    assert bom.chars == plain.chars and torch.equal(bom.train, plain.train) and plain.train.element_size() == 1
+    fake = SimpleNamespace(config=dict(chars="_abc", length=6))
+    assert train.encode_prompt(fake, "_a\N{MIDDLE DOT}c").tolist() == [0, 1, -1, 3, -1, -1]
+    fake = SimpleNamespace(config=dict(chars="abc", length=4))
+    assert train.encode_prompt(fake, "_a\N{MIDDLE DOT}").tolist() == [-1, 0, -1, -1]
+    long = torch.zeros(1, dtype=torch.uint8).expand(20_000_003)
+    seen = SimpleNamespace(text=True, config=dict(classes=[]), device="cpu", states=lambda x: x,
+                           examples=lambda split: split.unfold(0, 16, 1))
+    for n in (1, 2, 777):
+        assert len(train.test_examples(seen, SimpleNamespace(test=long), n)[0]) == n
+
+
+@pytest.mark.parametrize("shell", ["PYTHONIOENCODING=cp1252 {} 2>&1 | cat", "LC_ALL=POSIX PYTHONUTF8=0 {}", "{} >&-"])
+def test_any_screen_will_do(home, shell):
+    """Characters that it lacks are written out, and without one the run goes on."""
+    (home / "greek.txt").write_text("\u03b1\u03b2\u03b3\u2192 " * 300, encoding="utf-8")
+    args = shlex.join(map(str, [sys.executable, ROOT / "train.py", "--model", "d3pm", "--data", "greek.txt", "--length", 16,
+                                *TINY, "--steps", 2, "--out", "run"]))
+    subprocess.run(["bash", "-c", shell.format(args)], cwd=home, env=dict(os.environ, OMP_NUM_THREADS="1"), timeout=200)
+    assert (home / "run" / "samples.txt").read_text(encoding="utf-8")
+
+
+def test_a_log_that_cannot_be_written_or_read_stops_nothing(home):
+    (home / "run" / "log.csv").mkdir(parents=True)
+    said = run(home, *MODELS["ddpm"], *TINY, "--out", "run")
+    assert "warning: run/log.csv" in said and (home / "run" / "loss.png").exists()
+    (home / "run" / "log.csv").rmdir()
+    (home / "run" / "log.csv").write_text("step;loss\n1;")
+    run(home, "--out", "run", "--resume", "--steps", 12)
+    assert (home / "run" / "log.csv").read_text().count("\n") == 13
+
+
+def test_a_full_disk_is_a_warning(home, monkeypatch):
+    """No space at steps 3 to 6, and then some: the run goes on, and nothing is left over."""
+    save = train.save_checkpoint
+
+    def full(run, out, best):
+        if 3 <= run.step <= 6:
+            monkeypatch.setattr(os, "fsync", no_space)
+        try:
+            save(run, out, best)
+        finally:
+            monkeypatch.setattr(os, "fsync", fsync)
+
+    def no_space(file):
+        raise OSError(28, "No space left on device")
+
+    fsync = os.fsync
+    monkeypatch.setattr(train, "save_checkpoint", full)
+    said = run(home, *MODELS["ddpm"], *TINY, "--out", "run")
+    assert said.count("warning: run/checkpoint.pt: No space left on device; going on") == 4
+    assert weights(home / "run")["step"] == 10 and weights(home / "run", "checkpoint.previous.pt")["step"] == 9
+    assert not list((home / "run").glob("*.tmp"))
+
+
+def test_small_faults_of_a_machine(home, monkeypatch):
+    """A file system without locks, a clock that stands, out of memory at any step, a rank without its local one."""
+    def no_locks(*args):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(train.fcntl, "flock", no_locks)
+    monkeypatch.setattr(train.time, "monotonic", lambda: 1.0)
+    monkeypatch.setenv("HOME", str(home))
+    said = run(home, *MODELS["ddpm"], *TINY, "--timesteps", 2, "--out=~/tilde")
+    assert (home / "tilde" / "checkpoint.pt").exists() and not (home / "~").exists()
+    assert "nan" not in said and re.search(r"by t \S+ - \S+ -\)", said), "a chain of two steps has two quarters"
+    monkeypatch.setattr(train, "average", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):                # a mistake in the code has its traceback
+        run(home, *MODELS["ddpm"], *TINY, "--out", "mistake")
+
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train, "average", no_memory)
+    line = refused(home, *MODELS["ddpm"], *TINY, "--out", "large")
+    assert "--batch-size" in line and "--accumulate" in line
+    process = command(home, *MODELS["ddpm"], *TINY, "--out", "alone", env=dict(RANK="0", WORLD_SIZE="1"))
+    assert process.communicate(timeout=200)[1] == "" and process.returncode == 0
+
+
+def test_importing_leaves_a_notebook_alone():
+    done = subprocess.run([sys.executable, "-c", "import sys, train; assert 'matplotlib.pyplot' not in sys.modules"], cwd=ROOT)
+    assert done.returncode == 0
+
+
+def test_plain_is_the_papers_recipe(home):
+    run(home, *MODELS["ddpm"], *TINY, "--plain", "--out", "run")
+    state = torch.load(home / "run" / "checkpoint.pt", weights_only=True)
+    assert state["config"] | dict(prediction="eps", patch=1, fourier=()) == state["config"]
+    assert len(state["optimizer"]) == 1 and "exp_avg" in state["optimizer"][0]["state"][0]
 
 
 def test_two_runs_do_not_share_a_folder(home):
@@ -329,14 +620,14 @@ def test_faults_end_in_one_line_and_lose_nothing(home):
     run(home, *MODELS["ddpm"], *TINY, "--out", "good")
     before = weights(home / "good")
     assert "already holds a run" in refused(home, *MODELS["ddpm"], *TINY, "--out", "good")
-    assert "lr" in refused(home, "--out", "good", "--resume", "--lr", "0.5")
+    assert "batch-size 4 there, 8 here" in refused(home, "--out", "good", "--resume", "--batch-size", 8)
     assert "has done its 10 steps" in refused(home, "--out", "good", "--resume")
     assert_equal(before, weights(home / "good"))
 
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    assert "checkpoint" in one_line(command(home, *MODELS["ddpm"], *TINY, "--width", 16, "--out", "full", preexec_fn=small_files))
+    assert "checkpoint.pt can't be written" in one_line(command(home, *MODELS["ddpm"], *TINY, "--width", 16, "--out", "full", preexec_fn=small_files))
     assert not list((home / "full").glob("*.tmp")) and not (home / "full" / "checkpoint.pt").exists()
     (home / "file").write_text("")
     assert "file" in refused(home, *MODELS["ddpm"], *TINY, "--out", "file/run")
@@ -346,6 +637,13 @@ def test_faults_end_in_one_line_and_lose_nothing(home):
     for damaged in (content[:len(content) // 2], b"", b"not a checkpoint"):
         checkpoint.write_bytes(damaged)
         assert "damaged" in refused(home, "--out", "good", "--sample", 1)
+    checkpoint.write_bytes(content)
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | dict(config=state["config"] | dict(width=16)), checkpoint)
+    line = refused(home, "--out", "good", "--sample", 1)
+    assert "another version" in line and "size mismatch" not in line or "Error(s)" in line, line
+    torch.save({k: v for k, v in state.items() if k != "rows"}, checkpoint)
+    assert "earlier version" in refused(home, "--out", "good", "--resume")
     torch.save({"weights": torch.zeros(3)}, checkpoint)
     assert "not a checkpoint" in refused(home, "--out", "good", "--resume")
     weights(home / "good", "checkpoint.previous.pt")
@@ -356,15 +654,21 @@ def test_faults_end_in_one_line_and_lose_nothing(home):
 
 
 WRONG = {
-    "--steps 0": "must lie in", "--lr -1": "must lie in", "--seed -1": "must lie in", "--eta 2": "must lie in",
-    "--levels 1 --model d3pm": "must lie in", "--prompt x --data glyphs": "for text", "--wrong 1": "unrecognized", "--model vae": "invalid choice",
-    "--data nothing": "neither a known data set", "--data empty": "0 images", "--data binary.bin": "text",
-    "--data blank.txt": "too short", "--data text.txt": "needs --model d3pm", "--device tpu": "can't be used",
-    "--variance 2 --data glyphs": "variance", "--variance big --data glyphs": "variance",
-    "--levels 4 --data glyphs": "no meaning", "--width 7 --data glyphs": "divide",
-    "--data images --size 17": "divisible", "--model d3pm --data text.txt --length 5000": "too short",
-    "--model d3pm --transition gaussian --reverse conditional --data glyphs --levels 8": "joint",
+    "--steps 0": "must lie in", "--lr -1": "must lie in", "--seed -1": "must lie in", "--eta 2 --sample 1": "must lie in",
+    "--levels 1 --model d3pm": "must lie in", "--dropout 1": "must lie in", "--wrong 1": "unrecognized",
+    "--model vae": "invalid choice", "--data nothing": "neither a known data set", "--data empty": "0 images",
+    "--data binary.bin": "text", "--data blank.txt": "too short", "--data text.txt": "needs --model d3pm",
+    "--device tpu": "can't be used", "--variance 2 --data glyphs": "variance", "--variance big --data glyphs": "variance",
+    "--levels 4 --data glyphs": "no meaning", "--size 16 --data glyphs": "no meaning", "--width 7 --data glyphs": "--width",
+    "--data images --size 17": "--size", "--model d3pm --data text.txt --length 5000": "too short",
+    "--model d3pm --transition absorbing --schedule cosine --data glyphs": "mutual",
+    "--schedule mutual --data glyphs": "not for --model ddpm", "--labels --model d3pm --data text.txt": "no labels",
+    "--labels --data images": "no labels", "--eta 0": "no meaning in training", "--prompt x": "no meaning in training",
+    "--label 1": "no meaning in training", "--temperature 0.5": "no meaning in training",
     "--sample 3 --out nowhere": "no checkpoint", "--eval --out nowhere": "no checkpoint",
+    **{f"--sample 2 --{option} --out nowhere": "no meaning with --sample" for option in (
+        "steps 500", "lr 0.1", "levels 4", "width 8", "timesteps 8", "schedule cosine", "prediction v", "size 8", "resume",
+        "transition uniform", "labels", "plain", "dropout 0.1", "accumulate 2", "batch-size 2", "save-every 2", "length 9")},
 }
 
 
@@ -374,7 +678,7 @@ def test_wrong_input_gets_one_clear_line(home, wrong):
     (home / "empty").mkdir()
     (home / "blank.txt").write_text("")
     (home / "binary.bin").write_bytes(bytes(range(256)) * 10)
-    line = refused(home, *wrong.split(), *(["--timesteps", 8] if "--out" not in wrong else []))
+    line = refused(home, *wrong.split(), *(["--timesteps", 8] if "--out" not in wrong and "--sample" not in wrong else []))
     assert WRONG[wrong] in line, line
     assert not (home / "runs").exists(), "nothing is written for a command that can't be carried out"
 
@@ -406,6 +710,7 @@ def test_every_command_of_the_readme_runs(home):
     shutil.copytree(ROOT / "assets", home / "assets")
     shutil.copy(ROOT / "README.md", home)
     lines = [shlex.split(line, comments=True) for block in readme_blocks("bash") for line in block.splitlines()]
+    assert all((ROOT / words[1]).exists() for words in lines if words[:1] == ["python"]), "a program that is not there"
     commands = [words[2:] for words in lines if words[:2] == ["python", "train.py"]]
     assert len(commands) > 10
     for words in commands:
@@ -413,7 +718,7 @@ def test_every_command_of_the_readme_runs(home):
             words = ["3" if word.isdigit() and int(word) > 3 else word for word in words]
             run(home, *words, *(["3"] if words[-1] == "--eval" else []), "--sample-steps", 2)
         else:
-            run(home, *words, *([] if "--figures" in words else TINY))
+            run(home, *words, *TINY)
     made = [pathlib.Path(words[1]) for words in lines if words[:1] == ["cp"]]
     assert all((home / file).exists() for file in made), made
 
