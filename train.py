@@ -74,7 +74,7 @@ UNET = {"cpu": dict(width=32, mults=(1, 2), blocks=1, attention=(1,), batch_size
         "gpu": dict(width=128, mults=(1, 2), blocks=2, attention=(1,), batch_size=128, lr=1e-3, steps=20000)}
 TRANSFORMER = {"cpu": dict(width=128, depth=4, batch_size=16, lr=5e-3, steps=9000),
                "gpu": dict(width=256, depth=6, batch_size=64, lr=2e-3, steps=12000, dropout=0.1)}
-PIXELS = {"cpu": dict(batch_size=16, steps=3000), "gpu": dict(steps=12000)}            # where d3pm's U-Net differs
+PIXELS = {"cpu": dict(width=40, batch_size=16, steps=1500), "gpu": dict(steps=12000)}  # where d3pm's U-Net differs
 SCHEDULES = dict(uniform="cosine", absorbing="mutual", gaussian="linear")
 
 # Options of a run that a resumed run must agree with, and those that it may change.
