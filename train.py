@@ -322,7 +322,7 @@ def objective(run, model, x0, t, noise):
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices that step in all their directions alike: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    """Matrices that step in all their directions alike: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     The averaged gradient has a few large singular values; set to 1, the rare directions learn as fast. Times
     0.2 sqrt(longer side) the step is of Adam's size and can have Adam's learning rate (Liu et al. 2025, 2502.16982).
     A convolution is the matrix (out, in height width). torch.optim.Muon takes 2 D weights alone and multiplies
@@ -387,9 +387,9 @@ def train(given, device):
     data, run, out = in_turn(given, device)
     examples = run.examples(data.train.to(device) if data.train.nbytes < 1e9 else data.train)
     labels = data.train_labels.to(examples.device) if run.config["classes"] else None
-    network, lock = compiled(run, *batch(run, examples, labels)), open_run(run, out)       
+    network, lock = compiled(run, *batch(run, examples, labels)), open_run(run, out)
     introduce(run, data, out)
-    numbers = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]            # Windows has no SIGHUP
+    numbers = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]      # Windows has no SIGHUP
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         for number, handler in handlers.items():
@@ -742,7 +742,8 @@ def loss_figure(run, path):
         left.semilogy(steps, values, "k" if name == "loss" else "", label=name)
     left.set(xlabel="step", title="training loss, by quarter of t")
     left.legend(fontsize=7)
-    right.plot(*zip(*measured(run.rows)), "o-")
+    points = measured(run.rows)
+    right.plot([step for step, _ in points], [bits for _, bits in points], "o-")
     right.set(xlabel="step", title=f"{run.unit} of 32 test examples, EMA weights")
     figure.savefig(path, dpi=110)
 
@@ -1052,7 +1053,7 @@ def test_data(run, given, out):
     if run.text:
         unknown = sorted(set(data.chars) - set(config["chars"]))
         need(not unknown, f"{data.name} has characters that the run in {out} does not know: {unknown}")
-        need(len(data.test) >= config["length"], f"{data.name} is too short: a tenth must hold {config['length']} characters")
+        need(len(data.test) >= config["length"], f"{data.name} is too short for windows of {config['length']} characters")
         data.test = torch.tensor([config["chars"].index(c) for c in data.chars])[data.test.long()]
     if config["classes"] and data.classes != config["classes"]:
         data.test_labels = torch.full((len(data.test),), -1)
