@@ -28,7 +28,7 @@ import zlib
 from types import SimpleNamespace
 
 # Threads of a CPU that others use too must soon sleep while they wait: spinning, a run can be ten times slower there.
-# Some microseconds of it (GNU's OpenMP counts turns) spare most of the sleeps: half as fast again where no one else is.
+# Some microseconds of it (GNU's OpenMP counts turns) spare most sleeps: half as fast again where no one else is.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
@@ -78,12 +78,13 @@ PIXELS = {"cpu": dict(width=40, batch_size=16, steps=1500), "gpu": dict(steps=12
 SCHEDULES = dict(uniform="cosine", absorbing="mutual", gaussian="linear")
 
 # Options of a run that a resumed run must agree with, and those that it may change.
-FIXED = ("model batch_size seed dropout labels plain timesteps schedule prediction variance transition levels size length "
-         "width").split()
+FIXED = ("model batch_size seed dropout labels plain timesteps schedule prediction variance transition levels size "
+         "length width").split()
 FREE = "steps lr accumulate save_every".split()
 # The options that mean something, by what is asked for.
 MEANING = dict(train=["data", "data_dir", "out", "device", "resume", *FIXED, *FREE],
-               sample="model data out device seed sample sample_steps variance eta temperature prompt label guidance".split(),
+               sample=("model data out device seed sample sample_steps variance eta temperature prompt label "
+                       "guidance").split(),
                eval="model data data_dir out device seed eval sample_steps variance".split())
 
 
@@ -140,9 +141,10 @@ def check(given):
     uses = [use for use in ("sample", "eval") if use in given] or ["train"]
     for name, value in given.items():
         flag, (low, high) = f"--{name.replace('_', '-')}", ranges.get(name, (1, math.inf))
+        within = type(value) not in (int, float) or low <= value <= high
         need(any(name in MEANING[use] for use in uses),
              f"{flag} has no meaning {'in training' if uses == ['train'] else 'with --' + ' --'.join(uses)}")
-        need(type(value) not in (int, float) or low <= value <= high, f"{flag} must lie in {low:g}..{high:g}, got {value}")
+        need(within, f"{flag} must lie in {low:g}..{high:g}, got {value}")
 
 
 def complete(given, data, device):
@@ -180,7 +182,8 @@ def complete(given, data, device):
 
 def build(config):
     """The network and the diffusion that a configuration describes."""
-    T, shape, sizes = config["timesteps"], config["shape"], "width mults blocks attention patch fourier depth dropout".split()
+    T, shape = config["timesteps"], config["shape"]
+    sizes = "width mults blocks attention patch fourier depth dropout".split()
     size = {name: config[name] for name in sizes if name in config} | dict(classes=len(config["classes"]))
     if config["model"] == "ddpm":
         betas = dict(cosine=ddpm.cosine_beta_schedule, linear=ddpm.linear_beta_schedule)
@@ -189,7 +192,8 @@ def build(config):
         return (ddpm.UNet(shape[0], outputs * shape[0], **size),
                 ddpm.GaussianDiffusion(betas[config["schedule"]](T), config["prediction"], config["variance"]))
     betas = dict(cosine=d3pm.cosine_betas, linear=d3pm.linear_betas, mutual=d3pm.mutual_information_betas)
-    family = dict(uniform=d3pm.uniform_transition, absorbing=d3pm.absorbing_transition, gaussian=d3pm.gaussian_transition)
+    family = dict(uniform=d3pm.uniform_transition, absorbing=d3pm.absorbing_transition,
+                  gaussian=d3pm.gaussian_transition)
     K = (len(config["chars"]) if config["chars"] else config["levels"]) + (config["transition"] == "absorbing")
     diffusion = d3pm.D3PM(family[config["transition"]](K, betas[config["schedule"]](T)))
     if config["chars"]:
@@ -200,9 +204,7 @@ def build(config):
 
 class Run:
     """A configuration with the network and the diffusion that it describes, and what follows from them.
-
-    net is trained; ema, the moving average of its weights, makes the samples and the bounds.
-    """
+    net is trained; ema, the moving average of its weights, makes the samples and the bounds."""
 
     def __init__(self, config, device):
         torch.manual_seed(config["seed"])
@@ -263,10 +265,8 @@ class Run:
 
 def batch(run, examples, labels=None):
     """x0, t, noise (for d3pm xt) and labels y of one step, each (B, ...): this process's part of them.
-
     They are drawn by (seed, step) for the whole batch, so that a run is the same however often it is stopped, and on
-    any number of processes. A tenth of the labels is dropped: one network learns p(x) beside p(x | y).
-    """
+    any number of processes. A tenth of the labels is dropped: one network learns p(x) beside p(x | y)."""
     config, device, B = run.config, run.device, run.config["batch_size"]
     torch.manual_seed(config["seed"] * 1_000_003 + run.step)
     index = torch.randint(len(examples), (B,), device=examples.device)
@@ -287,11 +287,9 @@ def batch(run, examples, labels=None):
 
 def times(run):
     """t of a whole batch, int64 (B,) in 1..T. Papers: uniform. Recipe: stratified, and skewed for v.
-
     One t in each of B equal shares gives the same mean loss with less noise. For v the shares are in proportion to
     1/2 + alpha_bar_t: the error of eps is alpha_bar_t times that of v, so that small t, where the bits are spent, come
-    thrice as often as the largest, which decide the coarsest features of an image.
-    """
+    thrice as often as the largest, which decide the coarsest features of an image."""
     B, T, device = run.config["batch_size"], run.config["timesteps"], run.device
     if run.config["plain"]:
         return torch.randint(1, T + 1, (B,), device=device)
@@ -317,20 +315,18 @@ def objective(run, model, x0, t, noise):
         return diffusion.loss_hybrid(model, x0, t, noise)
     if run.discrete:
         return getattr(diffusion, LOSSES[config["transition"]])(model, x0, t, noise)
-    # The variance of steps as long as those of --eval. The slope of the bound in it goes as log(beta / beta_tilde)^2,
-    # about 1 / t^2: under one weight it would be learnt at small t alone. So this rises from the paper's 1e-3 to about 1.
+    # Learn the variance of steps as long as those of --eval. The bound's slope in it goes as log(beta / beta_tilde)^2,
+    # about 1 / t^2: under one weight it would be learnt at small t alone. So this rises from the paper's 1e-3 to 1.
     s = (t - math.ceil(T / 100)).clamp(min=1).minimum(t - 1)
     return diffusion.loss_hybrid(model, x0, t, noise, s, 1e-3 + (t / T) ** 2)
 
 
 class Muon(torch.optim.Optimizer):
     """Matrices that step in all their directions alike: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
-
     The averaged gradient has a few large singular values; set to 1, the rare directions learn as fast. Times
     0.2 sqrt(longer side) the step is of Adam's size and can have Adam's learning rate (Liu et al. 2025, 2502.16982).
     A convolution is the matrix (out, in height width). torch.optim.Muon takes 2 D weights alone and multiplies
-    them in bfloat16, which most CPUs lack: there this one, in float32 and all of a size at once, is ten times as fast.
-    """
+    them in bfloat16, which most CPUs lack: there this one, in float32 and all of a size at once, is ten times as fast."""
 
     def __init__(self, weights, lr, dtype=torch.float32):
         sizes = {}
@@ -357,10 +353,8 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(x):
     """Matrices (N, rows, columns >= rows) with the same singular vectors, and all singular values near 1.
-
     Newton and Schulz's iteration with Jordan's coefficients, which trade exactness for speed: a singular value above
-    2 % of the matrix's norm ends between 0.68 and 1.21. Three steps taught as well as the usual five.
-    """
+    2 % of the matrix's norm ends between 0.68 and 1.21. Three steps taught as well as the usual five."""
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(3):
         gram = x @ x.mT
@@ -395,7 +389,8 @@ def train(given, device):
     labels = data.train_labels.to(examples.device) if run.config["classes"] else None
     network, lock = compiled(run, *batch(run, examples, labels)), open_run(run, out)       
     introduce(run, data, out)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT))}
+    numbers = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]            # Windows has no SIGHUP
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         for number, handler in handlers.items():
             if handler != signal.SIG_IGN or number == signal.SIGINT:               # nohup ignores SIGHUP
@@ -447,7 +442,7 @@ def loop(run, network, data, examples, labels, out):
         if RANK == 0 and (save or stop or best):
             saved = attempt(save_checkpoint, run, out, best)
             need(saved or not (last or stop), f"{out / 'checkpoint.pt'} can't be written: the last steps are lost")
-        need(not stop, f"stopped at step {run.step}{', the last: --sample uses it' if last else '; go on with --resume'}")
+        need(not stop, f"stopped at step {run.step}{', the last' if last else '; go on with --resume'}")
 
 
 def train_step(run, network, x0, t, noise, y):
@@ -455,7 +450,7 @@ def train_step(run, network, x0, t, noise, y):
     run.net.zero_grad()
     losses, n = [], run.config["accumulate"]
     labels = [None] * n if y is None else y.chunk(n)
-    for x0, t, noise, y in zip(x0.chunk(n), t.chunk(n), noise.chunk(n), labels):     # the same gradient in less memory
+    for x0, t, noise, y in zip(x0.chunk(n), t.chunk(n), noise.chunk(n), labels):     # the same gradient, less memory
         loss = objective(run, functools.partial(run.call, network, y=y), x0, t, noise)
         (loss.mean() / n).backward()
         losses.append(loss.detach())
@@ -477,7 +472,7 @@ def average(ema, net, step):
 
 
 def read(run, sums, since):
-    """The mean losses of all processes as a row of the log, "" where a quarter is empty; the run ends if not finite."""
+    """The mean losses as a row of the log, "" where a quarter of t is empty; the run ends if they are not finite."""
     norm = nn.utils.get_total_norm(list(run.net.parameters()))              # a bad gradient of a good loss shows here
     numbers = torch.cat([sums.flatten(), norm.detach()[None]])
     if WORLD > 1:
@@ -546,9 +541,7 @@ def tell(run, row, rate):
 
 def compiled(run, x0, t, noise, y):
     """The network for training: with several processes wrapped, on a GPU compiled, else as it is.
-
-    The wrapped network is compiled, so that the gradients of the last layers are sent while the first are computed.
-    """
+    The wrapped network is compiled, so that gradients of the last layers are sent while the first are computed."""
     network, cuda, part = run.net, run.device.type == "cuda", slice(len(t) // run.config["accumulate"])
     if WORLD > 1:
         network = nn.parallel.DistributedDataParallel(network, [run.device] if cuda else None)
@@ -575,7 +568,7 @@ def any_process(signals):
 
 
 def in_turn(given, device):
-    """prepare(), first in rank 0, which may download or decode, then in one process of each machine, then in the rest."""
+    """prepare(), first in rank 0, which may download or decode, then in one process of each machine, then the rest."""
     mine = min(RANK, 1 + int(os.environ.get("LOCAL_RANK", 0)), 2)
     for turn in range(3 if WORLD > 1 else 1):
         if turn == mine:
@@ -662,9 +655,7 @@ def write_images(run, x0, out, film, y, one_class):
 
 def encode_prompt(run, prompt):
     """A prompt as the `known` of D3PM.sample, (L,): -1 at a free place and after its end.
-
-    _ and the middle dot are free places, unless the run's text has them: then they stand for themselves.
-    """
+    _ and the middle dot are free places, unless the run's text has them: then they stand for themselves."""
     chars, length = run.config["chars"], run.config["length"]
     unknown = sorted(set(prompt) - set(chars) - {"_", "\N{MIDDLE DOT}"})
     need(not unknown, f"--prompt has characters that the run does not know: {unknown}")
@@ -731,7 +722,7 @@ def lossy_picture(run, x0, y, grid, path):
     """What a receiver who has x_t guesses, for test images (rows) and falling t (columns); last the image."""
     columns, times = [], [grid[i] for i in torch.linspace(len(grid) - 1, 0, 9).long().tolist()]
     for t in times:
-        guess = run.diffusion.p_sample(run.model(y), run.diffusion.q_sample(x0, t), t)[1]  # x0_hat, or log p(x_0 | x_t)
+        guess = run.diffusion.p_sample(run.model(y), run.diffusion.q_sample(x0, t), t)[1]  # x0_hat, or log p(x_0|x_t)
         columns.append(run.pictures(guess.argmax(-1) if run.discrete else guess))
     rows = grid_picture(torch.stack([*columns, run.pictures(x0)], dim=1).flatten(0, 1).cpu(), 10)
     rows = rows.resize((2 * rows.width, 2 * rows.height), Image.Resampling.NEAREST)
@@ -747,7 +738,8 @@ def loss_figure(run, path):
     left, right = figure.subplots(1, 2)
     for name in ("quarter1", "quarter2", "quarter3", "quarter4", "loss"):
         rows = [row for row in run.rows if row[name] != ""]
-        left.semilogy([row["step"] for row in rows], [row[name] for row in rows], "k" if name == "loss" else "", label=name)
+        steps, values = [row["step"] for row in rows], [row[name] for row in rows]
+        left.semilogy(steps, values, "k" if name == "loss" else "", label=name)
     left.set(xlabel="step", title="training loss, by quarter of t")
     left.legend(fontsize=7)
     right.plot(*zip(*measured(run.rows)), "o-")
@@ -773,10 +765,8 @@ def yardsticks(run, data):
 
 def load_data(source, data_dir, size=32):
     """A data set by name or path: train and test as uint8 (N, C, H, W), or the characters' numbers (N,).
-
     None is Fashion-MNIST, or glyphs with one line saying so where it can't be had. chars are a text's characters in
-    order, or None; train_labels and test_labels int64 (N,) and classes their names, or None and [].
-    """
+    order, or None; train_labels and test_labels int64 (N,) and classes their names, or None and []."""
     name, data_dir = source or "fashion-mnist", pathlib.Path(data_dir)
     data = SimpleNamespace(name=name, source=name, chars=None, folder=False, train_labels=None, test_labels=None,
                            classes=[], fingerprint=None)
@@ -855,32 +845,35 @@ def load_text(data):
     need(len(text) >= 1000, f"{path} is too short to learn from ({len(text)} characters)")
     data.chars = "".join(sorted(set(text)))
     codes = np.frombuffer(data.chars.encode("utf-32-le"), np.uint32)
-    number = np.zeros(codes[-1] + 1, np.uint8 if len(codes) <= 256 else np.int16 if len(codes) < 2 ** 15 else np.int32)
+    kind = np.uint8 if len(codes) <= 256 else np.int16 if len(codes) < 2 ** 15 else np.int32
+    number = np.zeros(codes[-1] + 1, kind)
     number[codes] = np.arange(len(codes))
-    pieces = [text[i:i + 2 ** 20] for i in range(0, len(text), 2 ** 20)]          # at once they would need 4 bytes each
-    numbers = np.concatenate([number[np.frombuffer(piece.encode("utf-32-le"), np.uint32)] for piece in pieces])
-    data.train, data.test = torch.from_numpy(numbers).split([len(text) - len(text) // 10, len(text) // 10])
+    numbers = [number[np.frombuffer(text[i:i + 2 ** 20].encode("utf-32-le"), np.uint32)]         # in pieces: 4 bytes each
+               for i in range(0, len(text), 2 ** 20)]
+    tests = len(text) // 10
+    data.train, data.test = torch.from_numpy(np.concatenate(numbers)).split([len(text) - tests, tests])
 
 
 def load_folder(data, data_dir, size):
     """All images below a folder, decoded once into a file that is mapped; the sub-folders are their classes."""
     folder = pathlib.Path(data.name).resolve()
     data.folder, data.name, data.source, files = True, folder.name, str(folder), image_files(folder)
-    stamps = [f"{ascii(file)} {os.stat(folder / file).st_size} {os.stat(folder / file).st_mtime_ns}" for file in files]
-    cache = data_dir / f"{folder.name}-{size}-{zlib.crc32(' '.join(stamps).encode()):08x}.pixels"
+    stats = [(file, os.stat(folder / file)) for file in files]
+    key = zlib.crc32(ascii([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]).encode())
+    cache = data_dir / f"{folder.name}-{size}-{key:08x}.pixels"
     if not cache.with_suffix(".json").exists():
         data_dir.mkdir(parents=True, exist_ok=True)
         decode(folder, files, size, cache)
     found = json.loads(cache.with_suffix(".json").read_text())
     labels, left_out, n = found["labels"], found["left_out"], len(found["labels"])
     if left_out:
-        say(f"left out {len(left_out)} of {len(files)} files, which can't be read as images: {', '.join(left_out[:5])}")
+        say(f"left out {len(left_out)} of {len(files)} files that can't be read as images: {', '.join(left_out[:5])}")
     need(n >= 2, f"{folder} holds {n} images: at least 2 are needed (one is held out)")
-    images = torch.from_numpy(np.memmap(cache, np.uint8, "c", shape=(n, 3, size, size)))[:, :1 if found["grey"] else 3]
-    data.test, data.train = images.split([max(1, n // 10), n - max(1, n // 10)])
+    images, tests = torch.from_numpy(np.memmap(cache, np.uint8, "c", shape=(n, 3, size, size))), max(1, n // 10)
+    data.test, data.train = images[:, :1 if found["grey"] else 3].split([tests, n - tests])
     data.classes, data.fingerprint = sorted({label for label in labels if label}), found["fingerprint"]
     labels = torch.tensor([data.classes.index(label) if label else -1 for label in labels])
-    data.test_labels, data.train_labels = labels.split([len(data.test), len(data.train)])
+    data.test_labels, data.train_labels = labels.split([tests, n - tests])
 
 
 def image_files(folder):
@@ -929,7 +922,7 @@ def decode(folder, files, size, cache):
 
 
 def squares(files, size):
-    """Images, upright, centre-cropped and scaled: uint8 (3, size, size), or None where a file can't be read as one."""
+    """Images, upright, centre-cropped and scaled: uint8 (3, size, size), or None where a file can't be read."""
     Image.MAX_IMAGE_PIXELS, images = None, []
     for file in files:
         try:
@@ -960,7 +953,7 @@ def find_folder(given):
     """Where the run that the options name lives."""
     model, path = given.get("model", "ddpm"), pathlib.Path(given.get("data", "fashion-mnist")).resolve()
     out = pathlib.Path(given.get("out", f"runs/{model}-{path.name if path.is_dir() else path.stem}"))
-    glyphs = not given.keys() & {"out", "data"} and not out.exists()               # Fashion-MNIST could not be had then
+    glyphs = not given.keys() & {"out", "data"} and not out.exists()            # Fashion-MNIST could not be had then
     return pathlib.Path(f"runs/{model}-glyphs") if glyphs else out
 
 
@@ -973,7 +966,8 @@ def prepare(given, device):
         data = load_data(given.get("data", old["data"]), data_dir, old.get("size", 32))
         differ = [f"{name.replace('_', '-')} {old.get(name)} there, {given[name]} here" for name in FIXED
                   if name in given and given[name] != old.get(name)]
-        need(not differ, f"{out} was trained with other settings ({'; '.join(differ)}): leave them out, or choose another --out")
+        need(not differ, f"{out} was trained with other settings ({'; '.join(differ)}): leave them out, or name "
+             "another --out")
         need(data.fingerprint == old["fingerprint"],
              f"the data of the run in {out} has changed since it began: bring it back, or choose another --out")
         old |= dict(data=data.source) | {name: given[name] for name in FREE if name in given}
@@ -982,16 +976,17 @@ def prepare(given, device):
         data = load_data(given.get("data"), data_dir, given.get("size", 32))
         config = complete(given, data, device)
         out = pathlib.Path(given.get("out", f"runs/{config['model']}-{data.name}"))
-        need(not (out / "checkpoint.pt").exists(), f"{out} already holds a run: go on with --resume, or choose another --out")
-        need(len(data.test) >= config.get("length", 1), f"{data.name} is too short for --length {config.get('length')}")
+        need(not (out / "checkpoint.pt").exists(), f"{out} already holds a run: --resume it, or name another --out")
+        length = config.get("length", 1)
+        need(len(data.test) >= length, f"{data.name} is too short for --length {length}: a tenth of it is held out")
         try:
             run = Run(config, device)
             x0 = run.states(run.examples(data.test)[:1].to(device))
             run.diffusion.loss_simple(run.net, x0)
         except ValueError as error:
             need(False, f"{error}; see --size, --width, --levels and --length")
-    parts = WORLD * run.config["accumulate"]
-    need(run.config["batch_size"] % parts == 0, f"--batch-size {run.config['batch_size']} does not divide by {parts} parts")
+    B, parts = run.config["batch_size"], WORLD * run.config["accumulate"]
+    need(B % parts == 0, f"--batch-size {B} does not divide by {parts}: --accumulate times the processes")
     return data, run, out
 
 
@@ -1006,7 +1001,8 @@ def load(path, device):
     except Exception:
         need(False, f"{path} is damaged or not a checkpoint of train.py"
              + (f"; the one before is {previous}: copy it there" if previous.exists() else ""))
-    need(isinstance(state, dict) and {"model", "ema", "step", "config"} <= state.keys(), f"{path} is not a checkpoint of train.py")
+    whole = isinstance(state, dict) and {"model", "ema", "step", "config"} <= state.keys()
+    need(whole, f"{path} is not a checkpoint of train.py")
     need("rows" in state, f"{path} was written by an earlier version of train.py: train anew")
     try:
         run = Run(state["config"], device)
@@ -1029,12 +1025,11 @@ def load_run(given, device):
         path, run = out / "best.pt", load(out / "best.pt", device)
     say(f"EMA weights of step {run.step}, from {path}")
     classes, config = run.config["classes"], run.config
-    wants = dict(eta=(not run.discrete, "ddpm"), variance=(not run.discrete, "ddpm"), temperature=(run.discrete, "d3pm"),
-                 prompt=(run.text, "text"), label=(classes, "runs with --labels"), guidance=(classes, "runs with --labels"),
-                 model=(given.get("model") == config["model"], "the run's own model"))
-    for name in wants.keys() & given.keys():
-        need(wants[name][0], f"--{name} is for {wants[name][1]}, and the run in {out} is of {config['model']} "
-             f"{'with' if classes else 'without'} labels on {config['data']}")
+    means = dict(eta=not run.discrete, variance=not run.discrete, temperature=run.discrete, prompt=run.text,
+                 label=classes, guidance=classes, model=given.get("model") == config["model"])
+    for name in means.keys() & given.keys():
+        need(means[name], f"--{name} has no meaning for the run in {out}, which is of {config['model']} on "
+             f"{config['data']} with{'' if classes else 'out'} --labels")
     names = ", ".join(f"{i} {name}" for i, name in enumerate(classes))
     need(given.get("label", 0) < max(1, len(classes)), f"--label must be one of {names}, got {given.get('label')}")
     if "variance" in given:
@@ -1057,7 +1052,7 @@ def test_data(run, given, out):
     if run.text:
         unknown = sorted(set(data.chars) - set(config["chars"]))
         need(not unknown, f"{data.name} has characters that the run in {out} does not know: {unknown}")
-        need(len(data.test) >= config["length"], f"{data.name} is too short: its last tenth must hold {config['length']} characters")
+        need(len(data.test) >= config["length"], f"{data.name} is too short: a tenth must hold {config['length']} characters")
         data.test = torch.tensor([config["chars"].index(c) for c in data.chars])[data.test.long()]
     if config["classes"] and data.classes != config["classes"]:
         data.test_labels = torch.full((len(data.test),), -1)
@@ -1084,8 +1079,8 @@ def open_run(run, out):
 def save_checkpoint(run, out, best):
     """checkpoint.pt, the one before as checkpoint.previous.pt, and the best so far as best.pt."""
     buffer = io.BytesIO()
-    torch.save(dict(model=run.net.state_dict(), ema=run.ema.state_dict(), step=run.step, config=run.config, rows=run.rows,
-                    optimizer=[optimizer.state_dict() for optimizer in run.optimizers]), buffer)
+    torch.save(dict(model=run.net.state_dict(), ema=run.ema.state_dict(), step=run.step, config=run.config,
+                    rows=run.rows, optimizer=[optimizer.state_dict() for optimizer in run.optimizers]), buffer)
     if (out / "checkpoint.pt").exists():
         link(out / "checkpoint.pt", out / "checkpoint.previous.pt")
     write(out / "checkpoint.pt", buffer.getbuffer())
@@ -1129,7 +1124,8 @@ def attempt(save, *arguments):
 
 def write_log(rows, path):
     """log.csv anew, whole: it is for reading, and a resumed run has the rows from its checkpoint."""
-    write(path, "".join(",".join(map(str, line)) + "\n" for line in (rows[0], *(row.values() for row in rows))).encode())
+    lines = [",".join(map(str, line)) + "\n" for line in (rows[0], *(row.values() for row in rows))]
+    write(path, "".join(lines).encode())
 
 
 def grid_picture(images, columns=None):
@@ -1213,9 +1209,9 @@ def explain(error):
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, OSError):
-        return f"{os.fsencode(error.filename).decode(errors='backslashreplace')}: {error.strerror}" if error.filename else line
+        return f"{error.filename}: {error.strerror}" if error.filename else line
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-        return f"out of memory: try a smaller --batch-size, or --accumulate 2 for the same steps in less ({line[:100]})"
+        return f"out of memory: try a smaller --batch-size, or --accumulate 2 for the same batch ({line[:100]})"
     if WORLD > 1 and isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError)):
         return f"another process has ended ({line[:100]})"
     return None
@@ -1223,11 +1219,10 @@ def explain(error):
 
 def main(argv=None):
     """Do what the command line says; every foreseeable fault ends in one line, which one process says."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:      # closed by the shell
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(getattr(sys, name), "reconfigure"):         # what the terminal can't show is written out
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))      # closed by >&-
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                      # what the terminal can't show is written out
+            stream.reconfigure(errors="backslashreplace")
     store = None
     try:
         if WORLD > 1:
@@ -1240,7 +1235,7 @@ def main(argv=None):
                 raise
             need(False, explain(error))
     except SystemExit as end:
-        if end.code and store is not None and store.add("faults", 1) > 1:          # another process has said what went wrong
+        if end.code and store is not None and store.add("faults", 1) > 1:        # another process has said what is wrong
             raise SystemExit(1) from None
         raise end from None
 

@@ -255,14 +255,14 @@ def test_two_processes_are_one(home, kind):
 
 def test_two_processes_go_on_with_what_one_began(home):
     """A checkpoint of one process, resumed by two: the weights of the unbroken run, within float error."""
-    run(home, *MODELS["ddpm"], *TINY, "--lr", 1e-4, "--save-every", 5, "--out", "one")
+    run(home, *MODELS["ddpm"], *TINY, "--lr", 1e-4, "--out", "one", "--save-every", 10)
     (home / "two").mkdir()
     shutil.copy(home / "one" / "checkpoint.previous.pt", home / "two" / "checkpoint.pt")
     torchrun(home, "--out", "two", "--resume")
     (one, two), half = (weights(home / out) for out in ("one", "two")), weights(home / "one", "checkpoint.previous.pt")
     names = [k for k in one if k.startswith("model.")]
     worst, moved = (max((a[k] - b[k]).abs().max() for k in names) for a, b in ((one, two), (one, half)))
-    assert two["step"] == 10 and half["step"] == 5 and worst < 0.02 * moved, (worst, moved)
+    assert two["step"] == 10 and half["step"] == 8 and worst < 0.02 * moved, (worst, moved)
 
 
 def test_a_fault_of_one_process_is_said_once_with_its_rank(home):
@@ -325,6 +325,7 @@ def test_the_best_weights_are_kept_and_used(home):
     assert "step 10, from run/checkpoint.pt" in run(home, "--out", "run", "--sample", 1, "--sample-steps", 2)
     state = torch.load(home / "run" / "checkpoint.pt", weights_only=True)
     state["rows"].append(state["rows"][-1] | dict(step=11, test_bits=1e3))
+    (home / "run" / "checkpoint.pt").unlink()                # best.pt is another name of that file
     torch.save(state | dict(step=11), home / "run" / "checkpoint.pt")
     assert "step 10, from run/best.pt" in run(home, "--out", "run", "--eval", 2, "--sample-steps", 2)
 
@@ -365,7 +366,7 @@ def test_a_run_is_used(home, kind):
     else:
         assert "--labels" in refused(home, "--out", "run", "--sample", 1, "--label", 7)
     wrong = dict(ddpm=["--temperature", 0.5]).get(kind, ["--eta", 0])
-    assert "and the run in run is of" in refused(home, "--out", "run", "--sample", 1, *wrong)
+    assert "has no meaning for the run in run" in refused(home, "--out", "run", "--sample", 1, *wrong)
     assert "nan" not in run(home, "--out", "run", "--eval", 1, "--sample-steps", 2)
     said = run(home, "--out", "run", "--eval", 6, "--sample-steps", 4)
     assert ("without labels" in said) == (kind == "labels") and ("bits/char" in said) == text
