@@ -2118,7 +2118,7 @@ def test_bound_in_small_steps_is_the_kl_of_jump_rates(name, quarter, seed):
     for T in (n, 2 * n):
         chain = Chain(name, K, betas(T), seed)
         x0, xt, _ = chain.pairs(int(u * T))
-        logits = table(Chain(name, K, [0.5], seed), seed)(xt, at(1, xt))
+        logits = table(Chain(name, K, [0.5], seed), seed, 0.3)(xt, at(1, xt))
         values.append(chain.diffusion.loss_vlb(lambda x, t: logits, x0, int(u * T), xt))
     jump = neighbour_rates(normal((K, 2), seed), 1 + seed % (K - 1)) if name == "neighbour" else \
         chain.transition.stationary - torch.eye(K)          # where dQ / du at s = t leads
@@ -2128,7 +2128,7 @@ def test_bound_in_small_steps_is_the_kl_of_jump_rates(name, quarter, seed):
     other = torch.arange(K) != xt
     rate = torch.where(other & (r > 0), r * (r / r_hat).log(), 0) + torch.where(other, r_hat - r, 0)
     limit = rate.sum(1) / math.log(2)
-    equal(2 * values[1] - values[0], limit, atol=10 / n ** 2, rtol=10 / n ** 2)   # order 1 / n cancels
+    equal(2 * values[1] - values[0], limit, atol=30 / n ** 2, rtol=30 / n ** 2)   # order 1 / n cancels
 
 
 @every_family
