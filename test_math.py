@@ -2176,7 +2176,7 @@ def test_extreme_logits_have_finite_losses_and_gradients(name, case, shape, seed
 
 
 @pytest.mark.parametrize("sure_of", ["x0", "another state", "any state"])
-@pytest.mark.parametrize("name", ["uniform", "absorbing", "gaussian", "neighbour"])
+@pytest.mark.parametrize("name", ["uniform", "absorbing", "gaussian", "neighbour", "never stay"])
 def test_sure_networks_have_finite_losses_in_float32(name, sure_of):
     """The same for 256 levels in float32, betas from 1e-4 and logits of 1e4, where p~ Q and the far
     entries of Q underflow, at every t; for each x_t that can be, however rare."""
@@ -2202,7 +2202,8 @@ def wide_transition(name):
     return {"uniform": lambda: d3pm.uniform_transition(256, betas),
             "absorbing": lambda: d3pm.absorbing_transition(256, betas),
             "gaussian": lambda: d3pm.gaussian_transition(256, betas),
-            "neighbour": lambda: d3pm.neighbour_transition(normal((256, 4), 1), betas, 5)}[name]()
+            "neighbour": lambda: d3pm.neighbour_transition(normal((256, 4), 1), betas, 5),
+            "never stay": lambda: d3pm.DenseTransition((1 - torch.eye(256)).expand(3, -1, -1) / 255)}[name]()
 
 
 @given(seeds, scales)
