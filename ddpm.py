@@ -52,8 +52,8 @@ def cosine_beta_schedule(T, s=0.008):
 def normal_kl(mean1, log_var1, mean2, log_var2):
     """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise; tensors or numbers."""
     mean1, log_var1, mean2, log_var2 = _at_least_float32(mean1, log_var1, mean2, log_var2)
-    square = (mean1 - mean2) ** 2 * torch.exp(-log_var2)
-    return 0.5 * (log_var2 - log_var1 - 1 + torch.exp(log_var1 - log_var2) + square)
+    return 0.5 * (log_var2 - log_var1 - 1 + torch.exp(log_var1 - log_var2)
+                  + (mean1 - mean2) ** 2 * torch.exp(-log_var2))
 
 
 def _at_least_float32(*values):
@@ -175,7 +175,7 @@ class GaussianDiffusion(nn.Module):
         """Mean and log variance of q(x_t | x_0), [H] eq. 4, each (B, ...)."""
         t, _ = self._times(x0, t, 0, gap=0)
         alpha_bar, var_t = self._step(x0, t)
-        return _to(alpha_bar.sqrt(), x0) * x0, _to(_smooth(torch.log, var_t), x0).expand_as(x0)
+        return _to(alpha_bar.sqrt(), x0) * x0, _to(var_t.log(), x0).expand_as(x0)
 
     def q_sample(self, x0, t, noise=None):
         """A draw of q(x_t | x_0): sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, [H] eq. 4, (B, ...)."""
@@ -373,7 +373,7 @@ class GaussianDiffusion(nn.Module):
         if not fits or not known.is_floating_point():
             raise ValueError(f"known must be float {tuple(xs.shape)}, got {known.dtype} {tuple(known.shape)}")
         known = known.to(xs).expand(xs.shape)
-        return torch.where(known.isnan(), xs, self.q_sample(known.nan_to_num(), s))        # NaN times 0 is NaN
+        return torch.where(known.isnan(), xs, self.q_sample(known, s))
 
     @torch.no_grad()
     def sample_progressive(self, model, shape, steps=None, eta=None, clip=True, known=None):
