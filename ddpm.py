@@ -141,7 +141,7 @@ class GaussianDiffusion(nn.Module):
                 raise TypeError
         except (AttributeError, RuntimeError, TypeError, ValueError):
             raise ValueError(f"a time is an int or int64 (B,) = {tuple(x.shape[:1])}, got t = {t}, s = {s}") from None
-        # A time on a GPU is not checked, to avoid waiting for it: 0 and T, which fit any other, stand in.
+        # A time on a GPU is not read, to avoid waiting: s = 0 or t = T, legal with any other, is checked in its place.
         late, early = (time if time.device.type == "cpu" else torch.tensor(bound, device="cpu")
                        for time, bound in ((t, self.T), (s, 0)))
         if not ((0 <= early) & (early <= late - gap) & (late <= self.T)).all():
@@ -299,8 +299,8 @@ class GaussianDiffusion(nn.Module):
 
     def loss_vlb(self, model, x0, t=None, noise=None, s=None):
         """T L_t, a one-sample estimate of L_0 + sum L_t; bits per dimension (B,), full gradient. For a longer step
-        s -> t it is T / (t - s) times its term: of a grid whose steps are drawn in proportion to their length, a
-        one-sample estimate of the grid's bound."""
+        s -> t it is T / (t - s) times its term. If the steps of a grid are drawn with probability (t - s) / T, its mean
+        is the grid's bound."""
         t, noise, xt = self._noised(x0, t, noise)
         t, s = self._times(x0, t, s)
         return self.T * self.vlb_term(model, x0, xt, t, s, clip=False) / (t - s)
@@ -532,7 +532,7 @@ class UNet(nn.Module):
     width       channels at the finest level; each level halves the resolution of the one above
     mults       a level's channels as a multiple of width
     blocks      residual blocks a level on the way down; one more on the way up
-    attention   the levels, counted from 0 at the finest, with self-attention of so many heads
+    attention   the levels, counted from 0 at the finest, that have self-attention, of `heads` heads
     patch       patch x patch pixels enter as one place: 2 costs a quarter of 1
     fourier     exponents n of inputs sin and cos(2^n pi x) beside x, [K]: they show noise finer than a grey level
     classes     number of labels; y is int64 (B,), -1 where there is no label, as everywhere if left out
