@@ -190,7 +190,7 @@ class MixingTransition(Transition):
         return self.log_alpha_bar.exp()
 
     def mix(self, s, t, ndim=0):
-        """a and b of Q_{s->t}, float64, () or (B, 1, ...) with ndim ones. a is 0 where alpha_bar_s is, but 1 at s = t."""
+        """a and b of Q_{s->t}, () or (B, 1, ...) with ndim ones; a is 0 where alpha_bar_s is, but 1 at s = t."""
         s, t = self._times(s, t)
         log_a = self.log_alpha_bar[t] - self.log_alpha_bar[s]
         lost = log_a.isnan()
@@ -512,7 +512,7 @@ class D3PM(nn.Module):
     # -------- losses and the bound
 
     def prior_kl(self, x0):
-        """L_T = KL(q(x_T | x_0) || stationary), [A] eq. 1, bits per dimension (B,); infinite if masks may miss a place."""
+        """L_T = KL(q(x_T | x_0) || stationary), [A] eq. 1, bits per dimension (B,); infinite without full masking."""
         log_q = self.transition.log_rows(self._states(x0), 0, self.T)
         return _bits(_kl(log_q, _like(self.transition.stationary.log(), log_q)))
 

@@ -299,8 +299,8 @@ class GaussianDiffusion(nn.Module):
 
     def loss_vlb(self, model, x0, t=None, noise=None, s=None):
         """T L_t, a one-sample estimate of L_0 + sum L_t; bits per dimension (B,), full gradient. For a longer step
-        s -> t it is T / (t - s) times its term. If the steps of a grid are drawn with probability (t - s) / T, its mean
-        is the grid's bound."""
+        s -> t it is T / (t - s) times its term; its mean over a grid's steps, drawn with probability (t - s) / T, is
+        the bound on that grid."""
         t, noise, xt = self._noised(x0, t, noise)
         t, s = self._times(x0, t, s)
         return self.T * self.vlb_term(model, x0, xt, t, s, clip=False) / (t - s)
