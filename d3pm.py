@@ -1,13 +1,13 @@
 """Denoising diffusion on categories, in one file that needs only torch.
 
     q(x_t | x_s) = Cat(x_s Q_{s->t})            rows of Q_{s->t} = Q_{s+1} ... Q_t sum to 1       data -> noise
-    p(x_s | x_t) ~ sum over x_0 of q(x_s, x_t | x_0) p~(x_0),  0 <= s < t                       noise -> data
+    p(x_s | x_t) ∝ sum over x_0 of q(x_s, x_t | x_0) p~(x_0),  0 <= s < t                       noise -> data
     -log p(x_0) <= KL(q(x_T|x_0) || p(x_T)) + sum_{t>1} KL(q(x_s|x_t,x_0) || p(x_s|x_t)) - log p(x_0|x_1)
                    ------- L_T ----------   ------------------ L_t -------------------   ---- L_0 -----
 
 The network gives p~(x_0): what the other places tell of x_0. Each place has its own noise, so they tell nothing of
 how x_t came about. Bayes' rule adds what x_t itself tells, q(x_t | x_0). That is the whole reverse process, at s = 0
-too, where it reads p(x_0 | x_t) ~ q(x_t | x_0) p~(x_0).
+too, where it reads p(x_0 | x_t) ∝ q(x_t | x_0) p~(x_0).
 
 The bound is that of ddpm.py. L_t is the term of the step down from t (the papers' L_{t-1}); that of t = 1 is L_0.
 
@@ -35,7 +35,7 @@ from torch.nn import functional as F
 # ---------------------------------------------------------------- schedules: arrays of betas
 
 def cosine_betas(T):
-    """alpha_bar_t ~ cos((t/T + 0.008) / 1.008 pi/2), [Ho], betas at most 0.999 -> (T,) float64; for uniform noise."""
+    """alpha_bar_t ∝ cos((t/T + 0.008) / 1.008 pi/2), [Ho], betas at most 0.999 -> (T,) float64; for uniform noise."""
     alpha_bar = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2)
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
@@ -125,7 +125,7 @@ def categorical(p):
 # ---------------------------------------------------------------- transitions: what the noise does
 
 class Transition(nn.Module):
-    """What a kind of noise says, for int x and xt (...), and float64 tables that it looks up.
+    """One kind of noise: its laws for int states x and xt (...), from float64 tables.
 
     T, K, stationary (K,), mask (None without one)
     matrix(s, t)              Q_{s->t} for ints s <= t, (K, K) float64
@@ -163,7 +163,7 @@ class Transition(nn.Module):
         return torch.multinomial(pi, max(n, 1), replacement=True)[:n].reshape(shape)
 
     def posterior_kl(self, x0, log_guess, xt, s, t):
-        """KL of q(x_s | x_t, x_0) from the same with a guess (..., K) for x_0, summed over the states; nats (...)."""
+        """KL(q(x_s | x_t, x_0) || p) in nats (...), p being q with a guess (..., K) for x_0, summed over x_s."""
         log_columns, earlier = self.log_columns(xt, s, t), t - 1 if s is None else s
         log_q = (log_columns + self.log_rows(x0, 0, earlier)).log_softmax(-1)
         return _kl(log_q, (log_columns + self.log_rows(log_guess, 0, earlier)).log_softmax(-1))
@@ -190,7 +190,7 @@ class MixingTransition(Transition):
         return self.log_alpha_bar.exp()
 
     def mix(self, s, t, ndim=0):
-        """a and b of Q_{s->t}, float64, () or (B, 1, ...) with ndim ones. 0 / 0 is 0, but 1 at s = t."""
+        """a and b of Q_{s->t}, () or (B, 1, ...) with ndim ones; a is 0 where alpha_bar_s is, but 1 at s = t."""
         s, t = self._times(s, t)
         log_a = self.log_alpha_bar[t] - self.log_alpha_bar[s]
         lost = log_a.isnan()
@@ -326,7 +326,7 @@ class DenseTransition(Transition):
     def log_rows(self, x, s, t):
         """Finite wherever the noise reaches, however small the log-probabilities x.
 
-        Where the sum underflows, what stays in its state counts, as a log. Where nothing stays, a tiny number stands.
+        Where the sum underflows, the diagonal's term alone is kept, as a log; where that is 0 too, a tiny constant.
         """
         Q = self._matrices(s, t)
         if not x.is_floating_point():
@@ -376,7 +376,7 @@ def absorbing_transition(K, betas, mask=None):
 def gaussian_transition(K, betas):
     """Move to near states, [A] appendix A.2.3: doubly stochastic, for ordinal data such as grey levels.
 
-    Q_t[i, j] = w(i - j) where i != j, with w(n) ~ exp(-4 n^2 / ((K - 1)^2 beta_t)) and sum 1 over n = -(K-1)..K-1.
+    Q_t[i, j] = w(i - j) where i != j, with w(n) ∝ exp(-4 n^2 / ((K - 1)^2 beta_t)) and sum 1 over n = -(K-1)..K-1.
     """
     n = torch.arange(-(K - 1), K, dtype=torch.float64)
     weights = torch.softmax(-4 * n ** 2 / ((K - 1) ** 2 * _betas(betas)[:, None]), dim=1)
@@ -493,11 +493,11 @@ class D3PM(nn.Module):
         log_p = self.q_posterior(log_guess, xt, t, s)
         if self.transition.mask is None:
             return log_p
-        # By Bayes' rule what is not masked is x_0. Said outright, for a known place where all should be masked by now.
+        # By Bayes' rule what is not masked is x_0. Set here for a known place at T, where the rule would be 0 / 0.
         return torch.where((xt == self.transition.mask)[..., None], log_p, F.one_hot(xt, self.K).to(log_p).log())
 
     def p_x0(self, model, xt, t):
-        """Log-probabilities of p(x_0 | x_t) ~ q(x_t | x_0) p~(x_0), (B, ..., K): p_reverse down to s = 0."""
+        """Log-probabilities of p(x_0 | x_t) ∝ q(x_t | x_0) p~(x_0), (B, ..., K): p_reverse down to s = 0."""
         return self.p_reverse(model, xt, t, 0)
 
     def p_reverse(self, model, xt, t, s=None):
@@ -512,7 +512,7 @@ class D3PM(nn.Module):
     # -------- losses and the bound
 
     def prior_kl(self, x0):
-        """L_T = KL(q(x_T | x_0) || stationary), [A] eq. 1, bits per dimension (B,); infinite if masks miss a place."""
+        """L_T = KL(q(x_T | x_0) || stationary), [A] eq. 1, bits per dimension (B,); infinite without full masking."""
         log_q = self.transition.log_rows(self._states(x0), 0, self.T)
         return _bits(_kl(log_q, _like(self.transition.stationary.log(), log_q)))
 
@@ -534,7 +534,7 @@ class D3PM(nn.Module):
     def _cross_entropy(self, log_guess, x0, xt, t):
         """-log p(x_0 | x_t) in nats at each place (B, ...), by Bayes' rule."""
         log_prior = log_guess.gather(-1, self._states(x0)[..., None])[..., 0]
-        if self.transition.mask is not None:            # whatever a mask hides is as likely to be masked
+        if self.transition.mask is not None:            # a mask is as likely for every x_0
             return torch.where(xt == self.transition.mask, -log_prior, 0.0)
         log_entry = self.transition.log_entry
         return log_entry(log_guess, xt, 0, t) - log_entry(x0, xt, 0, t) - log_prior
@@ -657,7 +657,7 @@ class D3PM(nn.Module):
 def guided(model, y, weight):
     """A model(xt, t) out of model(xt, t, y): logits pushed towards the labels y, int64 (B,), [G] eq. 6.
 
-    Its p~(x_0) ~ p(x_0 | rest) p(y | x_0, rest)^(1 + weight): weight 0 is the network given y, -1 without a label.
+    Its p~(x_0) ∝ p(x_0 | rest) p(y | x_0, rest)^(1 + weight): weight 0 is the network given y, -1 without a label.
     """
     def pushed(xt, t):
         logits = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, -1)]))

@@ -52,8 +52,8 @@ def cosine_beta_schedule(T, s=0.008):
 def normal_kl(mean1, log_var1, mean2, log_var2):
     """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise; tensors or numbers."""
     mean1, log_var1, mean2, log_var2 = _at_least_float32(mean1, log_var1, mean2, log_var2)
-    square = (mean1 - mean2) ** 2 * torch.exp(-log_var2)
-    return 0.5 * (log_var2 - log_var1 - 1 + torch.exp(log_var1 - log_var2) + square)
+    return 0.5 * (log_var2 - log_var1 - 1 + torch.exp(log_var1 - log_var2)
+                  + (mean1 - mean2) ** 2 * torch.exp(-log_var2))
 
 
 def _at_least_float32(*values):
@@ -141,7 +141,7 @@ class GaussianDiffusion(nn.Module):
                 raise TypeError
         except (AttributeError, RuntimeError, TypeError, ValueError):
             raise ValueError(f"a time is an int or int64 (B,) = {tuple(x.shape[:1])}, got t = {t}, s = {s}") from None
-        # A time on a GPU is not checked, to avoid waiting for it: 0 and T, which fit any other, stand in.
+        # A time on a GPU is not read, to avoid waiting: s = 0 or t = T, legal with any other, is checked in its place.
         late, early = (time if time.device.type == "cpu" else torch.tensor(bound, device="cpu")
                        for time, bound in ((t, self.T), (s, 0)))
         if not ((0 <= early) & (early <= late - gap) & (late <= self.T)).all():
@@ -175,7 +175,7 @@ class GaussianDiffusion(nn.Module):
         """Mean and log variance of q(x_t | x_0), [H] eq. 4, each (B, ...)."""
         t, _ = self._times(x0, t, 0, gap=0)
         alpha_bar, var_t = self._step(x0, t)
-        return _to(alpha_bar.sqrt(), x0) * x0, _to(_smooth(torch.log, var_t), x0).expand_as(x0)
+        return _to(alpha_bar.sqrt(), x0) * x0, _to(var_t.log(), x0).expand_as(x0)
 
     def q_sample(self, x0, t, noise=None):
         """A draw of q(x_t | x_0): sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, [H] eq. 4, (B, ...)."""
@@ -299,8 +299,8 @@ class GaussianDiffusion(nn.Module):
 
     def loss_vlb(self, model, x0, t=None, noise=None, s=None):
         """T L_t, a one-sample estimate of L_0 + sum L_t; bits per dimension (B,), full gradient. For a longer step
-        s -> t it is T / (t - s) times its term: of a grid whose steps are drawn in proportion to their length, a
-        one-sample estimate of the grid's bound."""
+        s -> t it is T / (t - s) times its term; its mean over a grid's steps, drawn with probability (t - s) / T, is
+        the bound on that grid."""
         t, noise, xt = self._noised(x0, t, noise)
         t, s = self._times(x0, t, s)
         return self.T * self.vlb_term(model, x0, xt, t, s, clip=False) / (t - s)
@@ -373,7 +373,7 @@ class GaussianDiffusion(nn.Module):
         if not fits or not known.is_floating_point():
             raise ValueError(f"known must be float {tuple(xs.shape)}, got {known.dtype} {tuple(known.shape)}")
         known = known.to(xs).expand(xs.shape)
-        return torch.where(known.isnan(), xs, self.q_sample(known.nan_to_num(), s))        # NaN times 0 is NaN
+        return torch.where(known.isnan(), xs, self.q_sample(known, s))
 
     @torch.no_grad()
     def sample_progressive(self, model, shape, steps=None, eta=None, clip=True, known=None):
@@ -532,7 +532,7 @@ class UNet(nn.Module):
     width       channels at the finest level; each level halves the resolution of the one above
     mults       a level's channels as a multiple of width
     blocks      residual blocks a level on the way down; one more on the way up
-    attention   the levels, counted from 0 at the finest, with self-attention of so many heads
+    attention   the levels, counted from 0 at the finest, that have self-attention, of `heads` heads
     patch       patch x patch pixels enter as one place: 2 costs a quarter of 1
     fourier     exponents n of inputs sin and cos(2^n pi x) beside x, [K]: they show noise finer than a grey level
     classes     number of labels; y is int64 (B,), -1 where there is no label, as everywhere if left out

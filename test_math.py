@@ -1549,7 +1549,8 @@ def test_unet_says_which_labels_it_takes(y):
     """Labels are int64 (B,) in -1..classes-1, and a network without classes takes none."""
     x, t = torch.zeros(3, 1, 8, 8), torch.tensor([1, 2, 3])
     refuses(lambda: tiny_unet(classes=4)(x, t, torch.tensor(y)), "labels must be int64.*4")
-    refuses(lambda: tiny_unet()(x, t, torch.tensor([0, -1, -1])), "labels.*classes, 0")
+    for none in ([0, -1, -1], [-1, -1, -1]):
+        refuses(lambda: tiny_unet()(x, t, torch.tensor(none)), "labels.*classes, 0")
 
 
 @machinery
@@ -2118,7 +2119,7 @@ def test_bound_in_small_steps_is_the_kl_of_jump_rates(name, quarter, seed):
     for T in (n, 2 * n):
         chain = Chain(name, K, betas(T), seed)
         x0, xt, _ = chain.pairs(int(u * T))
-        logits = table(Chain(name, K, [0.5], seed), seed)(xt, at(1, xt))
+        logits = table(Chain(name, K, [0.5], seed), seed, 0.3)(xt, at(1, xt))
         values.append(chain.diffusion.loss_vlb(lambda x, t: logits, x0, int(u * T), xt))
     jump = neighbour_rates(normal((K, 2), seed), 1 + seed % (K - 1)) if name == "neighbour" else \
         chain.transition.stationary - torch.eye(K)          # where dQ / du at s = t leads
@@ -2128,7 +2129,7 @@ def test_bound_in_small_steps_is_the_kl_of_jump_rates(name, quarter, seed):
     other = torch.arange(K) != xt
     rate = torch.where(other & (r > 0), r * (r / r_hat).log(), 0) + torch.where(other, r_hat - r, 0)
     limit = rate.sum(1) / math.log(2)
-    equal(2 * values[1] - values[0], limit, atol=10 / n ** 2, rtol=10 / n ** 2)   # order 1 / n cancels
+    equal(2 * values[1] - values[0], limit, atol=30 / n ** 2, rtol=30 / n ** 2)   # order 1 / n cancels
 
 
 @every_family
@@ -2176,7 +2177,7 @@ def test_extreme_logits_have_finite_losses_and_gradients(name, case, shape, seed
 
 
 @pytest.mark.parametrize("sure_of", ["x0", "another state", "any state"])
-@pytest.mark.parametrize("name", ["uniform", "absorbing", "gaussian", "neighbour"])
+@pytest.mark.parametrize("name", ["uniform", "absorbing", "gaussian", "neighbour", "never stay"])
 def test_sure_networks_have_finite_losses_in_float32(name, sure_of):
     """The same for 256 levels in float32, betas from 1e-4 and logits of 1e4, where p~ Q and the far
     entries of Q underflow, at every t; for each x_t that can be, however rare."""
@@ -2202,7 +2203,8 @@ def wide_transition(name):
     return {"uniform": lambda: d3pm.uniform_transition(256, betas),
             "absorbing": lambda: d3pm.absorbing_transition(256, betas),
             "gaussian": lambda: d3pm.gaussian_transition(256, betas),
-            "neighbour": lambda: d3pm.neighbour_transition(normal((256, 4), 1), betas, 5)}[name]()
+            "neighbour": lambda: d3pm.neighbour_transition(normal((256, 4), 1), betas, 5),
+            "never stay": lambda: d3pm.DenseTransition((1 - torch.eye(256)).expand(3, -1, -1) / 255)}[name]()
 
 
 @given(seeds, scales)
