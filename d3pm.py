@@ -505,7 +505,8 @@ class D3PM(nn.Module):
 
         Proportional to the sum over x_0 of q(x_s, x_t | x_0) p~(x_0): q_posterior with p~ for x_0. Exact, at every s,
         for the leave-one-out denoiser, whose logits are log p(x_0 | x_t) - log q(x_t | x_0) up to a constant. So a
-        network that says p(x_0 | x_t) itself is used as lambda xt, t: net(xt, t) - transition.log_columns(xt, 0, t).
+        network that says p(x_0 | x_t) itself is used as lambda xt, t: net(xt, t) - transition.log_columns(xt, 0, t);
+        under masks as it is.
         """
         return self._reverse(self._guess(model, xt, t), xt, t, s)
 
