@@ -302,7 +302,7 @@ def times(run):
 
 # ---------------------------------------------------------------- the objective
 
-# Which loss of d3pm.py trains a family best: the cross-entropy or the bound.
+# The loss of d3pm.py for each family: the cross-entropy, which is the less noisy, or the bound.
 LOSSES = dict(uniform="loss_simple", absorbing="loss_vlb", gaussian="loss_vlb")
 
 
