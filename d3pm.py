@@ -12,8 +12,8 @@ too, where it reads p(x_0 | x_t) ∝ q(x_t | x_0) p~(x_0).
 The bound is that of ddpm.py. L_t is the term of the step down from t (the papers' L_{t-1}); that of t = 1 is L_0.
 
 [A] Austin et al. 2021, arXiv 2107.03006       [Ho] Hoogeboom et al. 2021, 2102.05379
-[U] Uria et al. 2014, 1310.1757 (any order)    [P] Peebles & Xie 2023, 2212.09748 (DiT, adaLN-Zero)
-[G] Ho & Salimans 2022, 2207.12598 (guidance)
+[U] Uria et al. 2014, 1310.1757 (any order)    [C] Chen et al. 2023, 2310.00426 (adaLN-single)
+[G] Ho & Salimans 2022, 2207.12598 (guidance)  [S] So et al. 2021, 2109.08668 (squared ReLU)
 
 x0, xt        data and its noised version, int64 (B, ...) in 0..K-1
 t, s          times, an int or int64 (B,), 0 <= s < t <= T; 0 is clean and T is noise
@@ -725,9 +725,10 @@ def rotate(x):
 
 
 class Block(nn.Module):
-    """On (B, N, width): depthwise convolution, then self-attention and a two-layer network under adaLN-Zero, [P].
+    """On (B, N, width): depthwise convolution, then self-attention and a two-layer network under adaLN-single, [C].
 
-    The convolution is this file's addition: the nearest places tell most, and attention alone learns that late.
+    modulation (B, 6, width), scales, shifts and gates from the time, is the same for all blocks; each adds a table of
+    its own. The convolution is this file's addition: the nearest places tell most, and attention learns that late.
     """
 
     def __init__(self, width, heads, dropout):
@@ -735,20 +736,20 @@ class Block(nn.Module):
         self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.near = nn.Conv1d(width, width, 5, padding=2, groups=width)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.time = zero(nn.Linear(width, 6 * width))
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.table = nn.Parameter(torch.zeros(6, width))
+        self.qkv, self.out = nn.Linear(width, 3 * width), zero(nn.Linear(width, width))
+        self.up, self.down = nn.Linear(width, 4 * width), zero(nn.Linear(4 * width, width))
 
-    def forward(self, x, emb):
+    def forward(self, x, modulation):
         B, N, C = x.shape
         x = x + self.near(x.mT).mT
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.time(emb)[:, None].chunk(6, dim=-1)
+        scale1, shift1, gate1, scale2, shift2, gate2 = (modulation + self.table)[:, :, None].unbind(1)
         h = self.norm(x) * (1 + scale1) + shift1
         q, k, v = self.qkv(h).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(rotate(q), rotate(k), v).transpose(1, 2).reshape(B, N, C)
-        x = x + gate1 * self.dropout(self.out(h))
+        x = x + (1 + gate1) * self.dropout(self.out(h))
         h = self.norm(x) * (1 + scale2) + shift2
-        return x + gate2 * self.dropout(self.mlp(h))
+        return x + (1 + gate2) * self.dropout(self.down(F.relu(self.up(h)).square()))        # squared ReLU, [S]
 
 
 class Transformer(nn.Module):
@@ -774,6 +775,7 @@ class Transformer(nn.Module):
         self.enter = nn.Linear(cells * self.embed.embedding_dim, width)
         self.position = nn.Parameter(0.02 * torch.randn(C * H * W // cells, width))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.modulation = zero(nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(width), zero(nn.Linear(width, cells * K))
         self.label = zero(nn.Embedding(classes + 1, width)) if classes else None         # row 0: no label
@@ -788,10 +790,11 @@ class Transformer(nn.Module):
         emb = self.time(timestep_embedding(t, self.width).to(self.position.dtype))
         if self.label is not None:
             emb = emb + self.label(torch.zeros_like(t) if y is None else y + 1)
+        modulation = self.modulation(emb).unflatten(1, (6, self.width))
         x = x.reshape(-1, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
         h = self.enter(self.embed(x).flatten(3).flatten(1, 2)) + self.position
         for block in self.blocks:
-            h = block(h, emb)
+            h = block(h, modulation)
         logits = self.out(self.norm(h)).reshape(-1, H // p, W // p, C, p, p, self.K)
         return logits.permute(0, 3, 1, 4, 2, 5, 6).reshape(-1, *self.shape, self.K)
 

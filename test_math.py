@@ -2922,20 +2922,20 @@ def test_rotated_products_depend_on_the_distance_alone(seed, i, j, shift):
 @machinery
 @given(seeds)
 def test_transformer_block_is_a_near_look_then_attention_then_two_layers(seed):
-    """x + conv(x) in each channel over 5 places, x + g1 attention(a1 norm(x) + b1), then
-    x + g2 mlp(a2 norm(x) + b2), each scale a, shift b and gate g from the time; and a fresh block
-    is the convolution alone, its gates being 0."""
-    x, emb, fresh = normal((2, 3, 8), seed), normal((2, 8), seed), d3pm.Block(8, 2, 0.0)
+    """x + conv(x) in each channel over 5 places, x + g1 attention(a1 norm(x) + b1), then x + g2 mlp(a2 norm(x) + b2)
+    with mlp(h) = down(relu(up(h))^2); scales a, shifts b and gates g are the time's and the block's own, and 1, 0, 1
+    if these are 0; and a fresh block is the convolution alone, its last layers being 0."""
+    x, time, fresh = normal((2, 3, 8), seed), normal((2, 6, 8), seed + 1), d3pm.Block(8, 2, 0.0).double()
     block = awake(d3pm.Block(8, 2, 0.0))
-    scale1, b1, g1, scale2, b2, g2 = block.time(emb)[:, None].chunk(6, -1)
+    a1, b1, g1, a2, b2, g2 = (time + block.table + torch.tensor([1, 0, 1, 1, 0, 1])[:, None])[:, :, None].unbind(1)
     near = torch.stack([sum(block.near.weight[:, 0, 2 + j - i] * x[:, j] for j in range(3)) for i in range(3)], 1)
     x0, x = x, x + near + block.near.bias
-    h = block.norm(x) * (1 + scale1) + b1
-    q, k, v = block.qkv(h).view(2, 3, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    q, k, v = block.qkv(block.norm(x) * a1 + b1).view(2, 3, 3, 2, 4).permute(2, 0, 3, 1, 4)
     weights = (d3pm.rotate(q) @ d3pm.rotate(k).mT / 2).softmax(-1)                # (B, head, N, N)
     h = x + g1 * block.out((weights @ v).transpose(1, 2).reshape(2, 3, 8))
-    equal((block(x0, emb), fresh(x0, emb)),
-          (h + g2 * block.mlp(block.norm(h) * (1 + scale2) + b2), x0 + fresh.near(x0.mT).mT))
+    hidden = block.up(block.norm(h) * a2 + b2)
+    equal((block(x0, time), fresh(x0, time)),
+          (h + g2 * block.down(torch.where(hidden > 0, hidden ** 2, 0)), x0 + fresh.near(x0.mT).mT))
 
 
 @machinery

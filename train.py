@@ -72,8 +72,8 @@ def say(line):
 # backward, 1.5e16 in all; the Transformer 4.2 an example, 3.2e15 in all, and sees the characters of docs 235 times.
 UNET = {"cpu": dict(width=32, mults=(1, 2), blocks=1, attention=(1,), batch_size=24, lr=5e-3, steps=6300),
         "gpu": dict(width=128, mults=(1, 2), blocks=2, attention=(1,), batch_size=128, lr=1e-3, steps=20000)}
-TRANSFORMER = {"cpu": dict(width=128, depth=4, batch_size=16, lr=5e-3, steps=9000),
-               "gpu": dict(width=256, depth=6, batch_size=64, lr=2e-3, steps=12000, dropout=0.1)}
+TRANSFORMER = {"cpu": dict(width=128, depth=4, batch_size=8, lr=8e-3, steps=8000),
+               "gpu": dict(width=256, depth=6, batch_size=32, lr=2e-3, steps=12000, dropout=0.1)}
 PIXELS = {"cpu": dict(width=40, batch_size=16, steps=1500), "gpu": dict(steps=12000)}  # where d3pm's U-Net differs
 SCHEDULES = dict(uniform="cosine", absorbing="mutual", gaussian="linear")
 
@@ -127,7 +127,7 @@ def options(argv=None):
     add("--transition", choices=list(SCHEDULES), help="noise of d3pm (gaussian; text: absorbing)")
     add("--levels", type=int, metavar="K", help="grey levels of d3pm's images (256)")
     add("--size", type=int, metavar="N", help="pixels a side, for a folder of images (32)")
-    add("--length", type=int, metavar="N", help="characters of an example of text (128)")
+    add("--length", type=int, metavar="N", help="characters of an example of text (256)")
     add("--width", type=int, metavar="N", help="channels of the network (by device)")
     given = vars(p.parse_args(argv))
     check(given)
@@ -150,7 +150,7 @@ def check(given):
 def complete(given, data, device):
     """The whole configuration of a run: what was given, then defaults by model, data and device."""
     model, text, plain = given.get("model", "ddpm"), data.chars is not None, given.get("plain", False)
-    place, length = "gpu" if device.type == "cuda" else "cpu", given.get("length", 128)
+    place, length = "gpu" if device.type == "cuda" else "cpu", given.get("length", 256)
     need(model == "d3pm" or not text, f"--data {data.name} is text: it needs --model d3pm")
     need(data.classes or "labels" not in given, f"--labels: {data.name} has no labels")
     config = dict(model=model, data=data.source, fingerprint=data.fingerprint, chars=data.chars, seed=0, plain=plain,
@@ -303,7 +303,7 @@ def times(run):
 # ---------------------------------------------------------------- the objective
 
 # The loss of d3pm.py for each family: the cross-entropy, which is the less noisy, or the bound.
-LOSSES = dict(uniform="loss_simple", absorbing="loss_vlb", gaussian="loss_vlb")
+LOSSES = dict(uniform="loss_simple", absorbing="loss_simple", gaussian="loss_vlb")
 
 
 def objective(run, model, x0, t, noise):
