@@ -41,14 +41,11 @@ def cosine_betas(T):
 
 
 def linear_betas(T, start=None, stop=None):
-    """Evenly spaced -> (T,) float64, for discretised Gaussian noise.
-
-    From 0.1 / T to 20 / T, at most 1 ([A]'s 1e-4..0.02 at T = 1000); start and stop, if given, as they are.
-    """
+    """Evenly spaced from 0.1 / T to 20 / T, at most 1 ([A]'s 1e-4..0.02 at T = 1000) -> (T,) float64; for discretised
+    Gaussian noise. start and stop, if given, are taken as they are."""
     start = 0.1 / T if start is None else start
-    if stop is not None:
-        return torch.linspace(start, stop, T, dtype=torch.float64)
-    return torch.linspace(start, 20 / T, T, dtype=torch.float64).clamp(max=1)
+    betas = torch.linspace(start, 20 / T if stop is None else stop, T, dtype=torch.float64)
+    return betas.clamp(max=1) if stop is None else betas
 
 
 def mutual_information_betas(T):
@@ -84,13 +81,12 @@ def _readable(x):
 def _check_times(T, s, t, gap=0):
     """s (None: t - 1) and t, each an int or int64 () or (B,); ValueError unless 0 <= s <= t - gap and t <= T."""
     try:
-        earlier = t - 1 if s is None else s
-        s, t = (time if isinstance(time, torch.Tensor) else operator.index(time) for time in (earlier, t))
-        legal = all(isinstance(time, int) or time.dtype == torch.int64 and time.ndim < 2 for time in (s, t))
+        s = t - 1 if s is None else s
+        s, t = (time if isinstance(time, torch.Tensor) else operator.index(time) for time in (s, t))
+        if any(isinstance(time, torch.Tensor) and (time.dtype != torch.int64 or time.ndim > 1) for time in (s, t)):
+            raise TypeError
     except TypeError:
-        legal = False
-    if not legal:
-        raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}")
+        raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}") from None
     low, high = s if _readable(s) else 0, t if _readable(t) else T
     if not torch.as_tensor((0 <= low) & (low <= high - gap) & (high <= T), device="cpu").all():
         raise ValueError(f"need {gap} <= t <= T = {T} and 0 <= s < t, got t = {t}, s = {s}")
@@ -152,9 +148,9 @@ class Transition(nn.Module):
             self._buffers[name] = table.to("cpu" if self.device.type == "mps" else self.device)
         return self
 
-    def _times(self, s, t):
+    def _times(self, s, t, gap=0):
         """s (None: t - 1) and t, checked, on the device of the tables."""
-        times = _check_times(self.T, s, t)
+        times = _check_times(self.T, s, t, gap)
         return [time.to(self.stationary.device) if isinstance(time, torch.Tensor) else time for time in times]
 
     def sample_prior(self, shape):
@@ -163,24 +159,28 @@ class Transition(nn.Module):
         return torch.multinomial(pi, max(n, 1), replacement=True)[:n].reshape(shape)
 
     def posterior_kl(self, x0, log_guess, xt, s, t):
-        """KL(q(x_s | x_t, x_0) || p) in nats (...), p being q with a guess (..., K) for x_0, summed over x_s."""
-        log_columns, earlier = self.log_columns(xt, s, t), t - 1 if s is None else s
-        log_q = (log_columns + self.log_rows(x0, 0, earlier)).log_softmax(-1)
-        return _kl(log_q, (log_columns + self.log_rows(log_guess, 0, earlier)).log_softmax(-1))
+        """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats (...), p being q with a guess (..., K) for x_0. At s = 0, where
+        q is the point x_0, it is the cross-entropy -log p(x_0 | x_t), by Bayes' rule."""
+        earlier, t = self._times(s, t, gap=1)
+        if isinstance(earlier, int) and earlier == 0:
+            log_prior = log_guess.gather(-1, x0[..., None])[..., 0]
+            return self.log_entry(log_guess, xt, 0, t) - self.log_entry(x0, xt, 0, t) - log_prior
+        log_columns = self.log_columns(xt, s, t)
+        log_q, log_p = ((log_columns + self.log_rows(x, 0, earlier)).log_softmax(-1) for x in (x0, log_guess))
+        return _kl(log_q, log_p)
 
 
 class MixingTransition(Transition):
     """Q_t = (1 - beta_t) I + beta_t 1 pi^T: stay, or be drawn anew from pi. No table of K x K.
-
     Such matrices multiply to their like: Q_{s->t} = a I + b 1 pi^T, a = alpha_bar[t] / alpha_bar[s], b = 1 - a.
-    So each row and column is one shared vector and one other entry. ValueError for betas outside (0, 1].
-    """
+    ValueError for betas outside (0, 1]."""
 
     def __init__(self, betas, stationary):
         betas = _betas(betas)
         log_alpha_bar = F.pad(torch.log1p(-betas).cumsum(0), (1, 0))
+        # A finite log of 0, which falls with each step: what is lost stays lost (a = 0), and Q_{t->t} = I (a = 1).
+        log_alpha_bar = torch.maximum(log_alpha_bar, -1e5 * torch.arange(len(log_alpha_bar)))
         super().__init__(len(betas), log_alpha_bar=log_alpha_bar, stationary=_table(stationary))
-        self.reaches_all = bool((self.stationary > 0).all())
         # All of pi on one state makes it a mask: data never holds it, and a place without it is still data.
         self.mask = int(self.stationary.argmax()) if self.stationary.max() == 1 else None
 
@@ -189,74 +189,69 @@ class MixingTransition(Transition):
         """prod_{i <= t} (1 - beta_i), the share of places never redrawn up to t, (T+1,) float64."""
         return self.log_alpha_bar.exp()
 
-    def mix(self, s, t, ndim=0):
-        """a and b of Q_{s->t}, () or (B, 1, ...) with ndim ones; a is 0 where alpha_bar_s is, but 1 at s = t."""
+    def mix(self, s, t, x):
+        """a, b and pi of Q_{s->t} in the dtype of x (B, ...), a and b shaped to be multiplied with it."""
         s, t = self._times(s, t)
         log_a = self.log_alpha_bar[t] - self.log_alpha_bar[s]
-        lost = log_a.isnan()
-        log_a = log_a.masked_fill(lost & (s != t), -math.inf).masked_fill(lost & (s == t), 0.0)
-        log_a = log_a.reshape(log_a.shape + (1,) * ndim) if log_a.ndim else log_a
-        return log_a.exp(), -torch.expm1(log_a)
+        log_a = log_a[(..., *[None] * (x.ndim - 1))]
+        return [_like(v, x) for v in (log_a.exp(), -torch.expm1(log_a), self.stationary)]
 
     def matrix(self, s, t):
-        a, b = self.mix(s, t)
-        return a * torch.eye(self.K, dtype=a.dtype, device=a.device) + b * self.stationary
+        return self.rows(torch.eye(self.K, dtype=torch.float64, device=self.stationary.device), s, t)
 
     def rows(self, x, s, t):
-        if x.is_floating_point():
-            a, b = self.mix(s, t, x.ndim - 1)
-            return _like(a, x) * x + _like(b * self.stationary, x) * x.sum(-1, keepdim=True)
-        a, b, pi = (_like(v, x) for v in (*self.mix(s, t, x.ndim), self.stationary))
-        return (b * pi).expand(*x.shape, self.K).scatter_add(-1, x[..., None], a.expand(*x.shape, 1))
+        p = x if x.is_floating_point() else F.one_hot(x, self.K)
+        a, b, pi = self.mix(s, t, p)
+        return a * p + b * pi * p.sum(-1, keepdim=True)
 
     def log_rows(self, x, s, t):
-        """Log-probabilities are added as logs: nothing underflows."""
         if not x.is_floating_point():
             return self.rows(x, s, t).log()
-        a, b = self.mix(s, t, x.ndim - 1)
-        return _logaddexp(_like(a.log(), x) + x, _like((b * self.stationary).log(), x))
+        a, b, pi = self.mix(s, t, x)
+        return _logaddexp(a.log() + x, (b * pi).log())
 
     def columns(self, x, s, t):
-        a, b, pi = (_like(v, x) for v in (*self.mix(s, t, x.ndim), self.stationary))
-        return (b * pi[x[..., None]]).expand(*x.shape, self.K).scatter_add(-1, x[..., None], a.expand(*x.shape, 1))
+        p = F.one_hot(x, self.K)
+        a, b, pi = self.mix(s, t, p)
+        return a * p + b * pi[x][..., None]
 
     def log_columns(self, x, s, t):
         return self.columns(x, s, t).log()
 
     def log_entry(self, x, xt, s, t):
-        a, b = self.mix(s, t, xt.ndim - 1)
-        redrawn = b * self.stationary[xt.to(b.device)]
-        if not x.is_floating_point():
-            return _like((a * (x == xt).to(a.device) + redrawn).log(), x)
-        return _logaddexp(_like(a.log(), x) + x.gather(-1, xt[..., None])[..., 0], _like(redrawn.log(), x))
+        log_p = x.gather(-1, xt[..., None])[..., 0] if x.is_floating_point() else (x == xt).log()
+        a, b, pi = self.mix(s, t, log_p)
+        return _logaddexp(a.log() + log_p, (b * pi[xt]).log())
 
     def posterior_kl(self, x0, log_guess, xt, s, t):
-        """The same KL in one pass over K, for pi without zeros.
+        """The same KL in one pass over K.
 
-        Both are q(x_t|x_s) times something: r = q(x_s|x_0), and u, its mean over the guess. In the logarithm
-        q(x_t|x_s) cancels: KL = E_q[log r - log u] + log(Z_u / Z_r), Z the normalisers. And only x_0 and x_t
-        differ from the other states, so that E_q is a mean under pi and two terms.
+        In units of pi: R = q(x_s | x_0) / pi, U its mean over the guess, and q(x_t | x_s) ∝ d + c [x_s = x_t] / pi.
+        That last one cancels in log(q / p) = log(R / U) - log(Z_R / Z_U), Z the normalisers. The mean of log(R / U)
+        is that under q(x_s | x_0), where R is b but for x_0, and the term of x_t.
         """
-        if not self.reaches_all:
+        s, t = self._times(s, t, gap=1)
+        (a, b, pi), (c, d, _) = (self.mix(*times, log_guess[..., 0]) for times in ((0, s), (s, t)))
+        if self.mask is not None:
+            # A cross-entropy: a place masked at t shows x_0 at s with probability
+            # (alpha_bar[s] - alpha_bar[t]) / (1 - alpha_bar[t]), and a place that is not masked costs nothing.
+            shown = a * d / self.mix(0, t, log_guess[..., 0])[1]
+            return torch.where(xt == self.mask, -shown * log_guess.gather(-1, x0[..., None])[..., 0], 0.0)
+        if isinstance(s, int) and s == 0 or pi.min() < 1e-30:
             return super().posterior_kl(x0, log_guess, xt, s, t)
-        s = t - 1 if s is None else s
-        coefficients = *self.mix(0, s, x0.ndim - 1), *self.mix(s, t, x0.ndim - 1), self.stationary
-        a, b, c, d, pi = (_like(v, log_guess) for v in coefficients)
-        log_u0, log_ut = (self.log_entry(log_guess, x, 0, s) for x in (x0, xt))
-        pi0, r0, rt = b * pi[x0], a + b * pi[x0], a * (x0 == xt) + b * pi[xt]
-        # At s = 0 u is the guess itself and may underflow, but b = 0 and only u0 and ut count.
-        u = a[..., None] * log_guess.exp() + b[..., None] * pi + torch.finfo(log_guess.dtype).tiny
-        # The sum over k of b pi_k (log r_k - log u_k), where r_k = b pi_k but for x_0.
-        mean = (torch.xlogy(b, b) + b * torch.xlogy(pi, pi).sum() + pi0 * r0.log() - torch.xlogy(pi0, pi0)
-                - b * (u.log() @ pi))
-        redrawn = d * pi[xt]
-        Z, log_Z_u = redrawn + c * rt, _logaddexp(c.log() + log_ut, redrawn.log())
-        total = redrawn * (a * (r0.log() - log_u0) + mean) + c * (torch.xlogy(rt, rt) - rt * log_ut)
-        return total / Z + log_Z_u - Z.log()
+        log_U0, log_Ut = (self.log_entry(log_guess, x, 0, s) - pi[x].log() for x in (x0, xt))
+        R0, Rt = b + a / pi[x0], b + a * (x0 == xt) / pi[xt]
+        # At s = 0 U may underflow, but there b = 0.
+        U = a[..., None] / pi * log_guess.exp() + (b[..., None] + torch.finfo(pi.dtype).tiny)
+        mean_log_R = (a + b * pi[x0]) * R0.log() + (1 - pi[x0]) * torch.xlogy(b, b)
+        mean_log_U = a * log_U0 + b * (U.log() @ pi)
+        Z_R, log_Z_U = d + c * Rt, torch.logaddexp(d.log(), c.log() + log_Ut)
+        total = d * (mean_log_R - mean_log_U) + c * (torch.xlogy(Rt, Rt) - Rt * log_Ut)
+        return total / Z_R + log_Z_U - Z_R.log()
 
     def draw(self, x, s, t):
-        _, b = self.mix(s, t, x.ndim - 1)
-        return torch.where(torch.rand(x.shape, device=x.device) < _like(b, x), self.sample_prior(x.shape), x)
+        _, b, _ = self.mix(s, t, x)
+        return torch.where(torch.rand(x.shape, device=x.device) < b, self.sample_prior(x.shape), x)
 
 
 class DenseTransition(Transition):
@@ -293,24 +288,18 @@ class DenseTransition(Transition):
         return self._products[key]
 
     def _matrices(self, s, t):
-        """Q_{s->t} for each example, float64 (B, K, K), or (1, K, K) for ints.
-
-        One look-up where s is None (t - 1) or 0; for others times are read back, which waits for an accelerator.
-        """
+        """Q_{s->t} for each example, float64 (B, K, K), or (1, K, K) for ints. One look-up where s is None (t - 1) or 0;
+        for others times are read back, which waits for an accelerator."""
         earlier, t = self._times(s, t)
         if s is None:
-            return self.Q[t].reshape(-1, self.K, self.K)
-        if isinstance(earlier, int) and earlier == 0:
-            return self.Q_bar[t].reshape(-1, self.K, self.K)
-        if isinstance(earlier, int) and isinstance(t, int):
-            return self.matrix(earlier, t)[None]
-        times = (torch.as_tensor(time, device=self.Q.device).reshape(-1) for time in (earlier, t))
-        pairs = torch.stack(torch.broadcast_tensors(*times), dim=1).tolist()
-        return torch.stack([self.matrix(s, t) for s, t in pairs])
-
-    def _places(self, x):
-        """x (B, ..., K) as (B, places, K)."""
-        return x.reshape(len(x), math.prod(x.shape[1:-1]), self.K)
+            Q = self.Q[t]
+        elif isinstance(earlier, int) and earlier == 0:
+            Q = self.Q_bar[t]
+        else:
+            times = (torch.as_tensor(time, device="cpu").reshape(-1) for time in (earlier, t))
+            pairs = zip(*(time.tolist() for time in torch.broadcast_tensors(*times)))
+            Q = torch.stack([self.matrix(s, t) for s, t in pairs])
+        return Q.reshape(-1, self.K, self.K)
 
     def _pick(self, Q, x):
         """Row x of Q (B, K, K) or (1, K, K) -> (B, ..., K)."""
@@ -320,25 +309,21 @@ class DenseTransition(Transition):
     def rows(self, x, s, t):
         Q = self._matrices(s, t)
         if x.is_floating_point():
-            return (self._places(x) @ _like(Q, x)).reshape(x.shape)
+            return torch.einsum("b...i,bij->b...j", x, _like(Q, x))
         return self._pick(Q, x)
 
     def log_rows(self, x, s, t):
-        """Finite wherever the noise reaches, however small the log-probabilities x.
-
-        Where the sum underflows, the diagonal's term alone is kept, as a log; where that is 0 too, a tiny constant.
-        """
+        """Finite wherever the noise reaches, however small the log-probabilities x: where the sum underflows, the
+        diagonal's term alone is kept, as a log, with 1e-30 for an entry of 0."""
         Q = self._matrices(s, t)
         if not x.is_floating_point():
             return self._pick(Q.log(), x)
-        if isinstance(s, int) and isinstance(t, int) and s == t:
+        if isinstance(t, int) and t == 0:
             return x
-        stay, tiny = Q.diagonal(dim1=-2, dim2=-1)[:, None], torch.finfo(x.dtype).tiny
-        least = 1e8 * tiny * ((stay == 0) & (Q.sum(-2, keepdim=True) > 0))
-        log_p = self._places(x)
-        total = log_p.exp() @ _like(Q, x) + _like(least, x)
-        log_stay = log_p + _like(stay.log(), x)
-        return torch.where(total > tiny, total.clamp(min=tiny).log(), log_stay).reshape(x.shape)
+        total, tiny = self.rows(x.exp(), s, t), torch.finfo(x.dtype).tiny
+        stay = Q.diagonal(dim1=1, dim2=2).clamp(min=1e-30) * (Q.sum(1) > 0)
+        log_stay = _like(stay.log(), x).reshape(-1, *[1] * (x.ndim - 2), self.K)
+        return torch.where(total > tiny, total.clamp(min=tiny).log(), x + log_stay)
 
     def columns(self, x, s, t):
         return self._pick(self._matrices(s, t).mT, x)
@@ -382,8 +367,7 @@ def gaussian_transition(K, betas):
     weights = torch.softmax(-4 * n ** 2 / ((K - 1) ** 2 * _betas(betas)[:, None]), dim=1)
     i = torch.arange(K)
     Q = weights[:, i[:, None] - i + K - 1]
-    Q.diagonal(dim1=1, dim2=2).zero_()
-    Q.diagonal(dim1=1, dim2=2).copy_(1 - Q.sum(-1))
+    Q.diagonal(dim1=1, dim2=2).add_(1 - Q.sum(-1))
     return DenseTransition(Q)
 
 
@@ -522,23 +506,7 @@ class D3PM(nn.Module):
         return self._vlb_term(self._guess(model, xt, t), x0, xt, t, s)
 
     def _vlb_term(self, log_guess, x0, xt, t, s=None):
-        x0, transition = self._states(x0), self.transition
-        _check_times(self.T, s, t, gap=1)
-        if transition.mask is not None:
-            # The KL of masks is a cross-entropy: a place masked at t shows x_0 at s with probability
-            # (alpha_bar[s] - alpha_bar[t]) / (1 - alpha_bar[t]), and a place that is not masked costs nothing.
-            mix, ndim = transition.mix, xt.ndim - 1
-            shown = mix(0, t - 1 if s is None else s, ndim)[0] * mix(s, t, ndim)[1] / mix(0, t, ndim)[1]
-            return _bits(_like(shown, log_guess) * self._cross_entropy(log_guess, x0, xt, t))
-        return _bits(transition.posterior_kl(x0, log_guess, xt, s, t))
-
-    def _cross_entropy(self, log_guess, x0, xt, t):
-        """-log p(x_0 | x_t) in nats at each place (B, ...), by Bayes' rule."""
-        log_prior = log_guess.gather(-1, self._states(x0)[..., None])[..., 0]
-        if self.transition.mask is not None:            # a mask is as likely for every x_0
-            return torch.where(xt == self.transition.mask, -log_prior, 0.0)
-        log_entry = self.transition.log_entry
-        return log_entry(log_guess, xt, 0, t) - log_entry(x0, xt, 0, t) - log_prior
+        return _bits(self.transition.posterior_kl(self._states(x0), log_guess, xt, s, t))
 
     def _noised(self, x0, t, xt):
         """t uniform on 1..T and xt from q(x_t | x_0) where not given."""
@@ -548,7 +516,7 @@ class D3PM(nn.Module):
     def loss_simple(self, model, x0, t=None, xt=None):
         """Cross-entropy of x_0, -log p(x_0 | x_t), bits per dimension (B,)."""
         t, xt = self._noised(x0, t, xt)
-        return _bits(self._cross_entropy(self._guess(model, xt, t), x0, xt, t))
+        return self.vlb_term(model, x0, xt, t, 0)
 
     def loss_vlb(self, model, x0, t=None, xt=None):
         """T L_t, a one-sample estimate of L_0 + sum L_t; bits per dimension (B,)."""
@@ -559,8 +527,7 @@ class D3PM(nn.Module):
         """L_t + ce_weight times the cross-entropy of x_0, as in [A]'s code (its eq. 5 has the whole sum for L_t)."""
         t, xt = self._noised(x0, t, xt)
         log_guess = self._guess(model, xt, t)
-        cross_entropy = _bits(self._cross_entropy(log_guess, x0, xt, t))
-        return self._vlb_term(log_guess, x0, xt, t) + ce_weight * cross_entropy
+        return self._vlb_term(log_guess, x0, xt, t) + ce_weight * self._vlb_term(log_guess, x0, xt, t, 0)
 
     @torch.no_grad()
     def bits_per_dim(self, model, x0, steps=None):
@@ -585,13 +552,13 @@ class D3PM(nn.Module):
 
         steps is None (all of 1..T), a number n (evenly spaced, both ends kept), or an increasing list that ends at T.
         """
-        T = self.T
+        T, steps = self.T, steps.tolist() if hasattr(steps, "tolist") else steps
         try:
-            if getattr(steps, "ndim", hasattr(steps, "__len__")):
-                grid = [operator.index(t) for t in steps]
-            else:
-                n = min(T, T if steps is None else operator.index(steps))
+            if steps is None or hasattr(steps, "__index__"):
+                n = T if steps is None else min(T, operator.index(steps))
                 grid = [1 + (2 * i * (T - 1) + n - 1) // (2 * (n - 1)) for i in range(n)] if n > 1 else [T] * n
+            else:
+                grid = [operator.index(t) for t in steps]
         except TypeError:
             grid = []
         if not grid or grid[0] < 1 or grid[-1] != T or any(s >= t for s, t in zip(grid, grid[1:])):
@@ -645,11 +612,11 @@ class D3PM(nn.Module):
         if order is not None and _readable(order) and not (order.sort().values == torch.arange(D)).all():
             raise ValueError(f"order must hold each place 0..{D - 1} once, got {order.tolist()}")
         order = torch.rand(flat.shape, device=self.device).argsort(1) if order is None else order.expand(flat.shape)
-        for place in order.to(self.device).split(1, dim=1):
+        example = torch.arange(len(xs), device=self.device)
+        for place in order.to(self.device).T:
             t = ((flat == mask).sum(1) * self.T / D).ceil().long().clamp(1, self.T)       # the time with as many masks
             log_p0 = self.p_x0(model, flat.reshape(shape), t).reshape(len(xs), D, self.K)
-            drawn = categorical(log_p0.gather(1, place[..., None].expand(-1, -1, self.K)).exp())
-            flat = flat.scatter(1, place, drawn)
+            flat = flat.index_put((example, place), categorical(log_p0[example, place].exp()))
         return flat.reshape(shape)
 
 
