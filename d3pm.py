@@ -98,6 +98,11 @@ def _logaddexp(a, b):
     return torch.where(b == -math.inf, a, torch.logaddexp(a, b.clamp(min=-1e30)))
 
 
+def _one_hot(x, K):
+    """States (...) -> (..., K), True at x."""
+    return x[..., None] == torch.arange(K, device=x.device)
+
+
 def _kl(log_q, log_p):
     """Sum over the states of q log(q / p), (..., K) -> (...), where 0 log 0 is 0."""
     return (log_q.exp() * (log_q - log_p).masked_fill(log_q == -math.inf, 0.0)).sum(-1)
@@ -183,6 +188,7 @@ class MixingTransition(Transition):
         super().__init__(len(betas), log_alpha_bar=log_alpha_bar, stationary=_table(stationary))
         # All of pi on one state makes it a mask: data never holds it, and a place without it is still data.
         self.mask = int(self.stationary.argmax()) if self.stationary.max() == 1 else None
+        self.reaches_all = bool((self.stationary > 1e-30).all())                # so that 1 / pi is finite in float32
 
     @property
     def alpha_bar(self):
@@ -200,7 +206,7 @@ class MixingTransition(Transition):
         return self.rows(torch.eye(self.K, dtype=torch.float64, device=self.stationary.device), s, t)
 
     def rows(self, x, s, t):
-        p = x if x.is_floating_point() else F.one_hot(x, self.K)
+        p = x if x.is_floating_point() else _one_hot(x, self.K)
         a, b, pi = self.mix(s, t, p)
         return a * p + b * pi * p.sum(-1, keepdim=True)
 
@@ -211,9 +217,9 @@ class MixingTransition(Transition):
         return _logaddexp(a.log() + x, (b * pi).log())
 
     def columns(self, x, s, t):
-        p = F.one_hot(x, self.K)
-        a, b, pi = self.mix(s, t, p)
-        return a * p + b * pi[x][..., None]
+        same = _one_hot(x, self.K)
+        a, b, pi = self.mix(s, t, same)
+        return a * same + b * pi[x][..., None]
 
     def log_columns(self, x, s, t):
         return self.columns(x, s, t).log()
@@ -224,20 +230,20 @@ class MixingTransition(Transition):
         return _logaddexp(a.log() + log_p, (b * pi[xt]).log())
 
     def posterior_kl(self, x0, log_guess, xt, s, t):
-        """The same KL in one pass over K.
-
-        In units of pi: R = q(x_s | x_0) / pi, U its mean over the guess, and q(x_t | x_s) ∝ d + c [x_s = x_t] / pi.
-        That last one cancels in log(q / p) = log(R / U) - log(Z_R / Z_U), Z the normalisers. The mean of log(R / U)
-        is that under q(x_s | x_0), where R is b but for x_0, and the term of x_t.
-        """
+        """The same KL in one pass over K, for pi without zeros.
+        Let pi R be q(x_s | x_0), and pi U its mean over the guess. With q(x_t | x_s) = d pi[x_t] + c [x_s = x_t],
+            q(x_s | x_t, x_0) = R (d pi + c [x_s = x_t]) / Z_R,    Z_R = d + c R[x_t],    p likewise with U for R
+            KL = (d E(log R - log U) + c R[x_t] (log R[x_t] - log U[x_t])) / Z_R + log Z_U - log Z_R
+        where E, the mean under pi R, needs one sum over K, that of pi log U: R is b but for x_0."""
         s, t = self._times(s, t, gap=1)
-        (a, b, pi), (c, d, _) = (self.mix(*times, log_guess[..., 0]) for times in ((0, s), (s, t)))
+        places = log_guess[..., 0]
+        (a, b, pi), (c, d, _) = self.mix(0, s, places), self.mix(s, t, places)
         if self.mask is not None:
             # A cross-entropy: a place masked at t shows x_0 at s with probability
             # (alpha_bar[s] - alpha_bar[t]) / (1 - alpha_bar[t]), and a place that is not masked costs nothing.
-            shown = a * d / self.mix(0, t, log_guess[..., 0])[1]
+            shown = a * d / self.mix(0, t, places)[1]
             return torch.where(xt == self.mask, -shown * log_guess.gather(-1, x0[..., None])[..., 0], 0.0)
-        if isinstance(s, int) and s == 0 or pi.min() < 1e-30:
+        if isinstance(s, int) and s == 0 or not self.reaches_all:
             return super().posterior_kl(x0, log_guess, xt, s, t)
         log_U0, log_Ut = (self.log_entry(log_guess, x, 0, s) - pi[x].log() for x in (x0, xt))
         R0, Rt = b + a / pi[x0], b + a * (x0 == xt) / pi[xt]
@@ -245,9 +251,9 @@ class MixingTransition(Transition):
         U = a[..., None] / pi * log_guess.exp() + (b[..., None] + torch.finfo(pi.dtype).tiny)
         mean_log_R = (a + b * pi[x0]) * R0.log() + (1 - pi[x0]) * torch.xlogy(b, b)
         mean_log_U = a * log_U0 + b * (U.log() @ pi)
+        at_xt = torch.xlogy(Rt, Rt) - Rt * log_Ut
         Z_R, log_Z_U = d + c * Rt, torch.logaddexp(d.log(), c.log() + log_Ut)
-        total = d * (mean_log_R - mean_log_U) + c * (torch.xlogy(Rt, Rt) - Rt * log_Ut)
-        return total / Z_R + log_Z_U - Z_R.log()
+        return (d * (mean_log_R - mean_log_U) + c * at_xt) / Z_R + log_Z_U - Z_R.log()
 
     def draw(self, x, s, t):
         _, b, _ = self.mix(s, t, x)
@@ -288,8 +294,8 @@ class DenseTransition(Transition):
         return self._products[key]
 
     def _matrices(self, s, t):
-        """Q_{s->t} for each example, float64 (B, K, K), or (1, K, K) for ints. One look-up where s is None (t - 1) or 0;
-        for others times are read back, which waits for an accelerator."""
+        """Q_{s->t} for each example, float64 (B, K, K), or (1, K, K) for ints.
+        One look-up where s is None (t - 1) or 0; other times are read back, which waits for an accelerator."""
         earlier, t = self._times(s, t)
         if s is None:
             Q = self.Q[t]
@@ -320,7 +326,7 @@ class DenseTransition(Transition):
             return self._pick(Q.log(), x)
         if isinstance(t, int) and t == 0:
             return x
-        total, tiny = self.rows(x.exp(), s, t), torch.finfo(x.dtype).tiny
+        total, tiny = torch.einsum("b...i,bij->b...j", x.exp(), _like(Q, x)), torch.finfo(x.dtype).tiny
         stay = Q.diagonal(dim1=1, dim2=2).clamp(min=1e-30) * (Q.sum(1) > 0)
         log_stay = _like(stay.log(), x).reshape(-1, *[1] * (x.ndim - 2), self.K)
         return torch.where(total > tiny, total.clamp(min=tiny).log(), x + log_stay)
@@ -374,7 +380,7 @@ def gaussian_transition(K, betas):
 def neighbour_transition(embeddings, betas, k):
     """Move to states whose embeddings (K, D) are near, [A] appendix A.2.4: doubly stochastic, for words.
 
-    Q_t = exp(beta_t R), rates R = A - diag(A 1), A = (G + G^T) / 2k, G[i, j] = 1 for the k nearest neighbours j of i.
+    Q_t = exp(beta_t R), rates R = A - diag(A 1), A = (G + G^T) / 2k, G[i, j] = 1 for i's k nearest neighbours j.
     """
     embeddings, betas = _table(embeddings), _betas(betas)
     K = len(embeddings)
@@ -454,10 +460,10 @@ class D3PM(nn.Module):
 
         x0 is int (B, ...), or log-probabilities (B, ..., K) to average q(x_s | x_0) over. -inf for an impossible pair.
         """
-        _check_times(self.T, s, t, gap=1)
+        earlier, _ = _check_times(self.T, s, t, gap=1)
         x0 = x0 if x0.is_floating_point() else self._states(x0)
-        log_p = (self.transition.log_columns(self._states(xt, data=False), s, t)
-                 + self.transition.log_rows(x0, 0, t - 1 if s is None else s))
+        log_columns = self.transition.log_columns(self._states(xt, data=False), s, t)
+        log_p = log_columns + self.transition.log_rows(x0, 0, earlier)
         return log_p.log_softmax(-1).masked_fill(log_p == -math.inf, -math.inf)      # not NaN for an impossible pair
 
     # -------- reverse process p
@@ -478,7 +484,7 @@ class D3PM(nn.Module):
         if self.transition.mask is None:
             return log_p
         # By Bayes' rule what is not masked is x_0. Set here for a known place at T, where the rule would be 0 / 0.
-        return torch.where((xt == self.transition.mask)[..., None], log_p, F.one_hot(xt, self.K).to(log_p).log())
+        return torch.where((xt == self.transition.mask)[..., None], log_p, _one_hot(xt, self.K).log())
 
     def p_x0(self, model, xt, t):
         """Log-probabilities of p(x_0 | x_t) ∝ q(x_t | x_0) p~(x_0), (B, ..., K): p_reverse down to s = 0."""
