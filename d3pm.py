@@ -78,21 +78,6 @@ def _readable(x):
     return not isinstance(x, torch.Tensor) or x.device.type == "cpu"
 
 
-def _check_times(T, s, t, gap=0):
-    """s (None: t - 1) and t, each an int or int64 () or (B,); ValueError unless 0 <= s <= t - gap and t <= T."""
-    try:
-        s = t - 1 if s is None else s
-        s, t = (time if isinstance(time, torch.Tensor) else operator.index(time) for time in (s, t))
-        if any(isinstance(time, torch.Tensor) and (time.dtype != torch.int64 or time.ndim > 1) for time in (s, t)):
-            raise TypeError
-    except TypeError:
-        raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}") from None
-    low, high = s if _readable(s) else 0, t if _readable(t) else T
-    if not torch.as_tensor((0 <= low) & (low <= high - gap) & (high <= T), device="cpu").all():
-        raise ValueError(f"need {gap} <= t <= T = {T} and 0 <= s < t, got t = {t}, s = {s}")
-    return s, t
-
-
 def _logaddexp(a, b):
     """log(exp(a) + exp(b)), and a itself where b is -inf: logaddexp of two -inf has no gradient."""
     return torch.where(b == -math.inf, a, torch.logaddexp(a, b.clamp(min=-1e30)))
@@ -108,14 +93,14 @@ def _kl(log_q, log_p):
     return (log_q.exp() * (log_q - log_p).masked_fill(log_q == -math.inf, 0.0)).sum(-1)
 
 
-def _mean(x):
-    """(B, ...) -> (B,): the mean over the dimensions of each example."""
+def _per_example(x):
+    """(B, ...) -> (B,): the mean over all but the batch, which may be empty."""
     return x.reshape(len(x), math.prod(x.shape[1:])).mean(1)
 
 
-def _bits(nats):
-    """(B, ...) nats -> (B,) bits per dimension."""
-    return _mean(nats) / math.log(2)
+def _entry(x, k):
+    """Entry k (...) of x (..., K)."""
+    return x.gather(-1, k[..., None])[..., 0]
 
 
 def categorical(p):
@@ -127,15 +112,12 @@ def categorical(p):
 
 class Transition(nn.Module):
     """One kind of noise: its laws for int states x and xt (...), from float64 tables.
-
     T, K, stationary (K,), mask (None without one)
     matrix(s, t)              Q_{s->t} for ints s <= t, (K, K) float64
     rows(x, s, t)             q(x_t | x_s = x), (..., K); for probabilities x (..., K): x Q_{s->t}
     columns(x, s, t)          q(x_t = x | x_s = k) for every k, (..., K): the likelihood of each state
     log_rows, log_columns     their logs; log_rows takes log-probabilities x (..., K)
-    log_entry(x, xt, s, t)    log q(x_t = xt | x_s = x), (...), or log of its mean over log-probabilities x (..., K)
-    draw(x, s, t)             a draw of q(x_t | x_s = x), int64 (...)
-    """
+    draw(x, s, t)             a draw of q(x_t | x_s = x), int64 (...)"""
 
     def __init__(self, T, **tables):
         super().__init__()
@@ -153,10 +135,20 @@ class Transition(nn.Module):
             self._buffers[name] = table.to("cpu" if self.device.type == "mps" else self.device)
         return self
 
-    def _times(self, s, t, gap=0):
-        """s (None: t - 1) and t, checked, on the device of the tables."""
-        times = _check_times(self.T, s, t, gap)
-        return [time.to(self.stationary.device) if isinstance(time, torch.Tensor) else time for time in times]
+    def times(self, s, t, gap=0):
+        """s (None: t - 1) and t, each an int or int64 () or (B,), the tensors on the device of the tables.
+        ValueError unless 0 <= s <= t - gap and t <= T."""
+        try:
+            s = t - 1 if s is None else s
+            s, t = (time if isinstance(time, torch.Tensor) else operator.index(time) for time in (s, t))
+            if any(isinstance(time, torch.Tensor) and (time.dtype != torch.int64 or time.ndim > 1) for time in (s, t)):
+                raise TypeError
+        except TypeError:
+            raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}") from None
+        low, high = s if _readable(s) else 0, t if _readable(t) else self.T
+        if not torch.as_tensor((0 <= low) & (low <= high - gap) & (high <= self.T), device="cpu").all():
+            raise ValueError(f"need {gap} <= t <= T = {self.T} and 0 <= s < t, got t = {t}, s = {s}")
+        return [time.to(self.stationary.device) if isinstance(time, torch.Tensor) else time for time in (s, t)]
 
     def sample_prior(self, shape):
         """x_T drawn from the stationary distribution, int64 of the given shape."""
@@ -166,12 +158,12 @@ class Transition(nn.Module):
     def posterior_kl(self, x0, log_guess, xt, s, t):
         """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats (...), p being q with a guess (..., K) for x_0. At s = 0, where
         q is the point x_0, it is the cross-entropy -log p(x_0 | x_t), by Bayes' rule."""
-        earlier, t = self._times(s, t, gap=1)
-        if isinstance(earlier, int) and earlier == 0:
-            log_prior = log_guess.gather(-1, x0[..., None])[..., 0]
-            return self.log_entry(log_guess, xt, 0, t) - self.log_entry(x0, xt, 0, t) - log_prior
+        earlier, t = self.times(s, t, gap=1)
         log_columns = self.log_columns(xt, s, t)
-        log_q, log_p = ((log_columns + self.log_rows(x, 0, earlier)).log_softmax(-1) for x in (x0, log_guess))
+        log_p = (log_columns + self.log_rows(log_guess, 0, earlier)).log_softmax(-1)
+        if isinstance(earlier, int) and earlier == 0:
+            return -_entry(log_p, x0)
+        log_q = (log_columns + self.log_rows(x0, 0, earlier)).log_softmax(-1)
         return _kl(log_q, log_p)
 
 
@@ -197,7 +189,7 @@ class MixingTransition(Transition):
 
     def mix(self, s, t, x):
         """a, b and pi of Q_{s->t} in the dtype of x (B, ...), a and b shaped to be multiplied with it."""
-        s, t = self._times(s, t)
+        s, t = self.times(s, t)
         log_a = self.log_alpha_bar[t] - self.log_alpha_bar[s]
         log_a = log_a[(..., *[None] * (x.ndim - 1))]
         return [_like(v, x) for v in (log_a.exp(), -torch.expm1(log_a), self.stationary)]
@@ -224,33 +216,31 @@ class MixingTransition(Transition):
     def log_columns(self, x, s, t):
         return self.columns(x, s, t).log()
 
-    def log_entry(self, x, xt, s, t):
-        log_p = x.gather(-1, xt[..., None])[..., 0] if x.is_floating_point() else (x == xt).log()
-        a, b, pi = self.mix(s, t, log_p)
-        return _logaddexp(a.log() + log_p, (b * pi[xt]).log())
-
     def posterior_kl(self, x0, log_guess, xt, s, t):
         """The same KL in one pass over K, for pi without zeros.
         Let pi R be q(x_s | x_0), and pi U its mean over the guess. With q(x_t | x_s) = d pi[x_t] + c [x_s = x_t],
             q(x_s | x_t, x_0) = R (d pi + c [x_s = x_t]) / Z_R,    Z_R = d + c R[x_t],    p likewise with U for R
             KL = (d E(log R - log U) + c R[x_t] (log R[x_t] - log U[x_t])) / Z_R + log Z_U - log Z_R
         where E, the mean under pi R, needs one sum over K, that of pi log U: R is b but for x_0."""
-        s, t = self._times(s, t, gap=1)
-        places = log_guess[..., 0]
-        (a, b, pi), (c, d, _) = self.mix(0, s, places), self.mix(s, t, places)
+        s, t = self.times(s, t, gap=1)
+        guess0, guess_t = _entry(log_guess, x0), _entry(log_guess, xt)
+        (a, b, pi), (c, d, _) = self.mix(0, s, guess0), self.mix(s, t, guess0)
         if self.mask is not None:
             # A cross-entropy: a place masked at t shows x_0 at s with probability
             # (alpha_bar[s] - alpha_bar[t]) / (1 - alpha_bar[t]), and a place that is not masked costs nothing.
-            shown = a * d / self.mix(0, t, places)[1]
-            return torch.where(xt == self.mask, -shown * log_guess.gather(-1, x0[..., None])[..., 0], 0.0)
-        if isinstance(s, int) and s == 0 or not self.reaches_all:
+            shown = a * d / self.mix(0, t, guess0)[1]
+            return torch.where(xt == self.mask, -shown * guess0, 0.0)
+        if not self.reaches_all:
             return super().posterior_kl(x0, log_guess, xt, s, t)
-        log_U0, log_Ut = (self.log_entry(log_guess, x, 0, s) - pi[x].log() for x in (x0, xt))
         R0, Rt = b + a / pi[x0], b + a * (x0 == xt) / pi[xt]
-        # At s = 0 U may underflow, but there b = 0.
-        U = a[..., None] / pi * log_guess.exp() + (b[..., None] + torch.finfo(pi.dtype).tiny)
+        log_U0, log_Ut = (_logaddexp(a.log() + guess - pi[x].log(), b.log())
+                          for guess, x in ((guess0, x0), (guess_t, xt)))
         mean_log_R = (a + b * pi[x0]) * R0.log() + (1 - pi[x0]) * torch.xlogy(b, b)
-        mean_log_U = a * log_U0 + b * (U.log() @ pi)
+        mean_log_U = a * log_U0
+        if not (isinstance(s, int) and s == 0):
+            # At s = 0 of single examples U may underflow, but there b = 0.
+            U = a[..., None] / pi * log_guess.exp() + (b[..., None] + torch.finfo(pi.dtype).tiny)
+            mean_log_U = mean_log_U + b * (U.log() @ pi)
         at_xt = torch.xlogy(Rt, Rt) - Rt * log_Ut
         Z_R, log_Z_U = d + c * Rt, torch.logaddexp(d.log(), c.log() + log_Ut)
         return (d * (mean_log_R - mean_log_U) + c * at_xt) / Z_R + log_Z_U - Z_R.log()
@@ -262,9 +252,7 @@ class MixingTransition(Transition):
 
 class DenseTransition(Transition):
     """Any row-stochastic matrices (T, K, K). Two tables: Q_t and Q_bar_t, and the products of one strided grid.
-
-    stationary None: the mean row of Q_bar_T. ValueError where a row is not probabilities that sum to 1.
-    """
+    stationary None: the mean row of Q_bar_T. ValueError where a row is not probabilities that sum to 1."""
 
     def __init__(self, matrices, stationary=None):
         Q = _table(matrices)
@@ -281,7 +269,7 @@ class DenseTransition(Transition):
         self._products = {}
 
     def matrix(self, s, t):
-        s, t = _check_times(self.T, s, t)
+        s, t = self.times(s, t)
         if s == 0 or s == t:
             return self.Q_bar[t - s]
         if s == t - 1:
@@ -296,7 +284,7 @@ class DenseTransition(Transition):
     def _matrices(self, s, t):
         """Q_{s->t} for each example, float64 (B, K, K), or (1, K, K) for ints.
         One look-up where s is None (t - 1) or 0; other times are read back, which waits for an accelerator."""
-        earlier, t = self._times(s, t)
+        earlier, t = self.times(s, t)
         if s is None:
             Q = self.Q[t]
         elif isinstance(earlier, int) and earlier == 0:
@@ -338,12 +326,6 @@ class DenseTransition(Transition):
         """Taken in float64, where far states have not yet underflowed."""
         return self._pick(self._matrices(s, t).log().mT, x)
 
-    def log_entry(self, x, xt, s, t):
-        log_columns = self.log_columns(xt, s, t)
-        if x.is_floating_point():
-            return (log_columns + x).logsumexp(-1)
-        return log_columns.gather(-1, x[..., None])[..., 0]
-
     def draw(self, x, s, t):
         """By inverting the distribution function: faster than torch.multinomial."""
         below = self.rows(x, s, t).cumsum(-1)
@@ -366,9 +348,7 @@ def absorbing_transition(K, betas, mask=None):
 
 def gaussian_transition(K, betas):
     """Move to near states, [A] appendix A.2.3: doubly stochastic, for ordinal data such as grey levels.
-
-    Q_t[i, j] = w(i - j) where i != j, with w(n) ∝ exp(-4 n^2 / ((K - 1)^2 beta_t)) and sum 1 over n = -(K-1)..K-1.
-    """
+    Q_t[i, j] = w(i - j) where i != j, with w(n) ∝ exp(-4 n^2 / ((K - 1)^2 beta_t)) and sum 1 over n = -(K-1)..K-1."""
     n = torch.arange(-(K - 1), K, dtype=torch.float64)
     weights = torch.softmax(-4 * n ** 2 / ((K - 1) ** 2 * _betas(betas)[:, None]), dim=1)
     i = torch.arange(K)
@@ -379,9 +359,7 @@ def gaussian_transition(K, betas):
 
 def neighbour_transition(embeddings, betas, k):
     """Move to states whose embeddings (K, D) are near, [A] appendix A.2.4: doubly stochastic, for words.
-
-    Q_t = exp(beta_t R), rates R = A - diag(A 1), A = (G + G^T) / 2k, G[i, j] = 1 for i's k nearest neighbours j.
-    """
+    Q_t = exp(beta_t R), rates R = A - diag(A 1), A = (G + G^T) / 2k, G[i, j] = 1 for i's k nearest neighbours j."""
     embeddings, betas = _table(embeddings), _betas(betas)
     K = len(embeddings)
     if not 1 <= k < K:
@@ -395,10 +373,8 @@ def neighbour_transition(embeddings, betas, k):
 
 def truncated_logistic(mean, log_scale, K):
     """Log-probabilities (..., K) of a logistic cut into K bins and renormalised, [A] appendix A.8.
-
     State k is the bin around 2k / (K - 1) - 1; mean and log_scale are (...). A bin's mass is sigmoid(high)
-    - sigmoid(low) = sigmoid(high) sigmoid(-low) (1 - exp(low - high)), and the last factor is the same for all.
-    """
+    - sigmoid(low) = sigmoid(high) sigmoid(-low) (1 - exp(low - high)), and the last factor is the same for all."""
     centre, half = torch.linspace(-1, 1, K, dtype=mean.dtype, device=mean.device), 1 / (K - 1)
     gap, inv_scale = centre - mean[..., None], torch.exp(-log_scale)[..., None]
     return torch.log_softmax(F.logsigmoid((gap + half) * inv_scale) + F.logsigmoid((half - gap) * inv_scale), dim=-1)
@@ -408,9 +384,7 @@ def truncated_logistic(mean, log_scale, K):
 
 class D3PM(nn.Module):
     """The chain and its laws over a transition family. It holds no network.
-
-    ValueError for a time outside 1..T or a state outside 0..K-1 (for data: the mask), but not on an accelerator.
-    """
+    ValueError for a time outside 1..T or a state outside 0..K-1 (for data: the mask), but not on an accelerator."""
 
     def __init__(self, transition):
         super().__init__()
@@ -434,7 +408,7 @@ class D3PM(nn.Module):
 
     def _time(self, xt, t):
         """t as a network takes it: int64 (B,) on xt's device."""
-        _, t = _check_times(self.T, None, t, gap=1)
+        _, t = self.transition.times(None, t, gap=1)
         if not isinstance(t, torch.Tensor):
             return torch.full(xt.shape[:1], t, device=xt.device)
         if t.shape not in ((), xt.shape[:1]):
@@ -457,10 +431,8 @@ class D3PM(nn.Module):
 
     def q_posterior(self, x0, xt, t, s=None):
         """Log-probabilities of q(x_s | x_t, x_0) = q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0), [A] eq. 3, (B, ..., K).
-
-        x0 is int (B, ...), or log-probabilities (B, ..., K) to average q(x_s | x_0) over. -inf for an impossible pair.
-        """
-        earlier, _ = _check_times(self.T, s, t, gap=1)
+        x0 is int (B, ...), or log-probabilities (B, ..., K) to average over. -inf for an impossible pair."""
+        earlier, _ = self.transition.times(s, t, gap=1)
         x0 = x0 if x0.is_floating_point() else self._states(x0)
         log_columns = self.transition.log_columns(self._states(xt, data=False), s, t)
         log_p = log_columns + self.transition.log_rows(x0, 0, earlier)
@@ -492,12 +464,10 @@ class D3PM(nn.Module):
 
     def p_reverse(self, model, xt, t, s=None):
         """Log-probabilities of p(x_s | x_t), [A] eq. 4, (B, ..., K).
-
         Proportional to the sum over x_0 of q(x_s, x_t | x_0) p~(x_0): q_posterior with p~ for x_0. Exact, at every s,
         for the leave-one-out denoiser, whose logits are log p(x_0 | x_t) - log q(x_t | x_0) up to a constant. So a
         network that says p(x_0 | x_t) itself is used as lambda xt, t: net(xt, t) - transition.log_columns(xt, 0, t);
-        under masks as it is.
-        """
+        under masks as it is."""
         return self._reverse(self._guess(model, xt, t), xt, t, s)
 
     # -------- losses and the bound
@@ -505,14 +475,14 @@ class D3PM(nn.Module):
     def prior_kl(self, x0):
         """L_T = KL(q(x_T | x_0) || stationary), [A] eq. 1, bits per dimension (B,); infinite without full masking."""
         log_q = self.transition.log_rows(self._states(x0), 0, self.T)
-        return _bits(_kl(log_q, _like(self.transition.stationary.log(), log_q)))
+        return _per_example(_kl(log_q, _like(self.transition.stationary.log(), log_q))) / math.log(2)
 
     def vlb_term(self, model, x0, xt, t, s=None):
         """KL(q(x_s | x_t, x_0) || p(x_s | x_t)), [A] eq. 1, bits per dimension (B,); at s = 0: -log p(x_0 | x_t)."""
         return self._vlb_term(self._guess(model, xt, t), x0, xt, t, s)
 
     def _vlb_term(self, log_guess, x0, xt, t, s=None):
-        return _bits(self.transition.posterior_kl(self._states(x0), log_guess, xt, s, t))
+        return _per_example(self.transition.posterior_kl(self._states(x0), log_guess, xt, s, t)) / math.log(2)
 
     def _noised(self, x0, t, xt):
         """t uniform on 1..T and xt from q(x_t | x_0) where not given."""
@@ -538,26 +508,23 @@ class D3PM(nn.Module):
     @torch.no_grad()
     def bits_per_dim(self, model, x0, steps=None):
         """The whole bound on -log2 p(x0) / D, with one draw of x_t for each term; no gradient.
-
         -> dict: total (B,) = prior (B,) + terms.sum(1), terms (B, n) in the order S_1..S_n, terms[:, 0] being L_0, and
-        x0_error (B, n), the share of places guessed wrong.
-        """
+        x0_error (B, n), the share of places guessed wrong."""
         terms, errors, grid = [], [], [0, *self.timesteps(steps)]
         for s, t in zip(grid, grid[1:]):
             xt = self.q_sample(x0, t)
             log_guess = self._guess(model, xt, t)
             terms.append(self._vlb_term(log_guess, x0, xt, t, s))
-            errors.append(_mean((self._reverse(log_guess, xt, t, 0).argmax(-1) != x0).to(log_guess.dtype)))
+            wrong = self._reverse(log_guess, xt, t, 0).argmax(-1) != x0
+            errors.append(_per_example(wrong.to(log_guess.dtype)))
         prior, terms = self.prior_kl(x0), torch.stack(terms, dim=1)
         return dict(total=prior + terms.sum(1), prior=prior, terms=terms, x0_error=torch.stack(errors, dim=1))
 
     # -------- samplers
 
     def timesteps(self, steps=None):
-        """The grid S_1 < ... < S_n = T, a list of ints.
-
-        steps is None (all of 1..T), a number n (evenly spaced, both ends kept), or an increasing list that ends at T.
-        """
+        """The grid S_1 < ... < S_n = T, a list of ints. steps is None (all of 1..T), a number n (n evenly spaced
+        times, both ends kept), or an increasing list that ends at T; ValueError for anything else."""
         T, steps = self.T, steps.tolist() if hasattr(steps, "tolist") else steps
         try:
             if steps is None or hasattr(steps, "__index__"):
@@ -606,22 +573,19 @@ class D3PM(nn.Module):
     @torch.no_grad()
     def sample_any_order(self, model, shape, order=None, known=None):
         """Masks only: one place a step, each drawn given all before it, as an autoregressive model in any order [U].
-
-        order is a permutation of the D places of an example, (D,) or (B, D), random when left out.
-        """
+        order is a permutation of the D places of an example, (D,) or (B, D), random when left out."""
         mask = self.transition.mask
         if mask is None:
             raise ValueError("any-order sampling needs absorbing_transition: other noise has no masks to fill")
-        xs = self._hold(torch.full(shape, mask, device=self.device), known, self.T)
-        flat = xs.reshape(len(xs), -1)
-        D = flat.shape[1]
+        flat = self._hold(torch.full(shape, mask, device=self.device), known, self.T).reshape(shape[0], -1)
+        B, D = flat.shape
         if order is not None and _readable(order) and not (order.sort().values == torch.arange(D)).all():
             raise ValueError(f"order must hold each place 0..{D - 1} once, got {order.tolist()}")
         order = torch.rand(flat.shape, device=self.device).argsort(1) if order is None else order.expand(flat.shape)
-        example = torch.arange(len(xs), device=self.device)
+        example = torch.arange(B, device=self.device)
         for place in order.to(self.device).T:
             t = ((flat == mask).sum(1) * self.T / D).ceil().long().clamp(1, self.T)       # the time with as many masks
-            log_p0 = self.p_x0(model, flat.reshape(shape), t).reshape(len(xs), D, self.K)
+            log_p0 = self.p_x0(model, flat.reshape(shape), t).reshape(B, D, self.K)
             flat = flat.index_put((example, place), categorical(log_p0[example, place].exp()))
         return flat.reshape(shape)
 
@@ -630,9 +594,7 @@ class D3PM(nn.Module):
 
 def guided(model, y, weight):
     """A model(xt, t) out of model(xt, t, y): logits pushed towards the labels y, int64 (B,), [G] eq. 6.
-
-    Its p~(x_0) ∝ p(x_0 | rest) p(y | x_0, rest)^(1 + weight): weight 0 is the network given y, -1 without a label.
-    """
+    Its p~(x_0) ∝ p(x_0 | rest) p(y | x_0, rest)^(1 + weight): weight 0 is the network given y, -1 without a label."""
     def pushed(xt, t):
         logits = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, -1)]))
         with_label, without = logits.chunk(2)
@@ -650,20 +612,18 @@ def pixel_outputs(K):
 
 class PixelLogits(nn.Module):
     """Any image network as a network for D3PM: model(xt, t) -> logits (B, C, H, W, K) of p~(x_0).
-
     net maps (B, 2C, H, W), grey values in [-1, 1] and then 1 where masked, to (B, C pixel_outputs(K), H, W). Above 32
-    states its output is a truncated logistic around x_t, [A] appendix A.8. mask is None or K - 1, else ValueError.
-    """
+    states its output is a truncated logistic around x_t, [A] appendix A.8. mask is None or K - 1, else ValueError."""
 
     def __init__(self, net, K, mask=None):
         super().__init__()
         if mask not in (None, K - 1):
             raise ValueError(f"the mask must be None or the last state, {K - 1}, got {mask}")
-        self.net, self.K, self.mask, self.levels = net, K, mask, K - (mask is not None)
+        self.net, self.K, self.levels = net, K, K - (mask is not None)
 
     def forward(self, xt, t, y=None):
         B, C, H, W = xt.shape
-        masked = xt == self.K - 1 if self.mask is not None else torch.zeros_like(xt, dtype=torch.bool)
+        masked = xt >= self.levels
         grey = (2 * xt.float() / (self.levels - 1) - 1).masked_fill(masked, 0.0)
         x = torch.cat([grey, masked.float()], dim=1)
         out = (self.net(x, t) if y is None else self.net(x, t, y)).float()
