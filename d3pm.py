@@ -6,10 +6,8 @@
                    ------- L_T ----------   ------------------ L_t -------------------   ---- L_0 -----
 
 The network gives p~(x_0): what the other places tell of x_0. Each place has its own noise, so they tell nothing of
-how x_t came about. Bayes' rule adds what x_t itself tells, q(x_t | x_0). That is the whole reverse process, at s = 0
-too, where it reads p(x_0 | x_t) ∝ q(x_t | x_0) p~(x_0).
-
-The bound is that of ddpm.py. L_t is the term of the step down from t (the papers' L_{t-1}); that of t = 1 is L_0.
+how x_t came about. Bayes' rule adds what x_t itself tells, q(x_t | x_0): at s = 0 p(x_0 | x_t) ∝ q(x_t | x_0) p~(x_0).
+L_t is the term of the step down from t, which the papers call L_{t-1}; that of t = 1 is L_0.
 
 [A] Austin et al. 2021, arXiv 2107.03006       [Ho] Hoogeboom et al. 2021, 2102.05379
 [U] Uria et al. 2014, 1310.1757 (any order)    [P] Peebles & Xie 2023, 2212.09748 (DiT, adaLN-Zero)
@@ -53,7 +51,7 @@ def mutual_information_betas(T):
     return 1 / torch.arange(T, 0, -1, dtype=torch.float64)
 
 
-# ---------------------------------------------------------------- tables, times, logs
+# ---------------------------------------------------------------- tables and logs
 
 def _table(values):
     """float64 on the CPU in one move: mps has no float64."""
@@ -111,7 +109,8 @@ def categorical(p):
 # ---------------------------------------------------------------- transitions: what the noise does
 
 class Transition(nn.Module):
-    """One kind of noise: its laws for int states x and xt (...), from float64 tables.
+    """One kind of noise: its laws for int states x (...), from float64 tables.
+
     T, K, stationary (K,), mask (None without one)
     matrix(s, t)              Q_{s->t} for ints s <= t, (K, K) float64
     rows(x, s, t)             q(x_t | x_s = x), (..., K); for probabilities x (..., K): x Q_{s->t}
@@ -211,7 +210,8 @@ class MixingTransition(Transition):
     def columns(self, x, s, t):
         same = _one_hot(x, self.K)
         a, b, pi = self.mix(s, t, same)
-        return a * same + b * pi[x][..., None]
+        redrawn = b * pi[x][..., None]
+        return torch.where(same, a + redrawn, redrawn)
 
     def log_columns(self, x, s, t):
         return self.columns(x, s, t).log()
@@ -238,7 +238,7 @@ class MixingTransition(Transition):
         mean_log_R = (a + b * pi[x0]) * R0.log() + (1 - pi[x0]) * torch.xlogy(b, b)
         mean_log_U = a * log_U0
         if not (isinstance(s, int) and s == 0):
-            # At s = 0 of single examples U may underflow, but there b = 0.
+            # Where an example has s = 0 all the same, U may underflow, but b = 0.
             U = a[..., None] / pi * log_guess.exp() + (b[..., None] + torch.finfo(pi.dtype).tiny)
             mean_log_U = mean_log_U + b * (U.log() @ pi)
         at_xt = torch.xlogy(Rt, Rt) - Rt * log_Ut
@@ -409,8 +409,7 @@ class D3PM(nn.Module):
     def _time(self, xt, t):
         """t as a network takes it: int64 (B,) on xt's device."""
         _, t = self.transition.times(None, t, gap=1)
-        if not isinstance(t, torch.Tensor):
-            return torch.full(xt.shape[:1], t, device=xt.device)
+        t = t if isinstance(t, torch.Tensor) else torch.full((), t, device=xt.device)
         if t.shape not in ((), xt.shape[:1]):
             raise ValueError(f"a time is an int or int64 (B,) = {tuple(xt.shape[:1])}, got t = {t}, s = {t - 1}")
         return t.to(xt.device).expand(len(xt))
@@ -463,11 +462,10 @@ class D3PM(nn.Module):
         return self.p_reverse(model, xt, t, 0)
 
     def p_reverse(self, model, xt, t, s=None):
-        """Log-probabilities of p(x_s | x_t), [A] eq. 4, (B, ..., K).
-        Proportional to the sum over x_0 of q(x_s, x_t | x_0) p~(x_0): q_posterior with p~ for x_0. Exact, at every s,
-        for the leave-one-out denoiser, whose logits are log p(x_0 | x_t) - log q(x_t | x_0) up to a constant. So a
-        network that says p(x_0 | x_t) itself is used as lambda xt, t: net(xt, t) - transition.log_columns(xt, 0, t);
-        under masks as it is."""
+        """Log-probabilities of p(x_s | x_t) ∝ sum over x_0 of q(x_s, x_t | x_0) p~(x_0), [A] eq. 4, (B, ..., K).
+        Exact, at every s, for the leave-one-out denoiser, p~(x_0) ∝ p(x_0 | x_t) / q(x_t | x_0). A network that says
+        p(x_0 | x_t) itself is used as lambda xt, t: net(xt, t) - transition.log_columns(xt, 0, t), or as it is under
+        masks."""
         return self._reverse(self._guess(model, xt, t), xt, t, s)
 
     # -------- losses and the bound
@@ -737,13 +735,17 @@ def main():
     torch.manual_seed(0)
     K, T, n, steps = 4, 20, 20000, 800
     true = torch.tensor([[8, 1, 0, 1], [0, 6, 2, 0], [1, 0, 9, 0], [3, 0, 0, 5]]).flatten() / 36
+
+    def words(n):
+        word = torch.multinomial(true, n, replacement=True)
+        return torch.stack([word // K, word % K], dim=1)
+
     model = Transformer(K, (2,), width=32, depth=1, heads=1)
     diffusion = D3PM(uniform_transition(K, cosine_betas(T)))
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
-        word = torch.multinomial(true, 256, replacement=True)
-        loss = diffusion.loss_vlb(model, torch.stack([word // K, word % K], dim=1)).mean()
+        loss = diffusion.loss_vlb(model, words(256)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -757,8 +759,7 @@ def main():
     cells = [f"{'abcd'[i // K]}{'abcd'[i % K]} {100 * learnt[i]:5.1f} / {100 * true[i]:4.1f}" for i in range(K * K)]
     for i in range(0, K * K, K):
         print("   ".join(cells[i:i + K]))
-    word = torch.multinomial(true, n, replacement=True)
-    bound = diffusion.bits_per_dim(model, torch.stack([word // K, word % K], dim=1))["total"].mean()
+    bound = diffusion.bits_per_dim(model, words(n))["total"].mean()
     entropy = torch.distributions.Categorical(true).entropy() / math.log(2) / 2
     print(f"\nbound {bound:.3f} bits/letter, entropy {entropy:.3f}: the gap is what T = {T} factorised steps lose")
 
