@@ -464,8 +464,7 @@ class D3PM(nn.Module):
     def p_reverse(self, model, xt, t, s=None):
         """Log-probabilities of p(x_s | x_t) ∝ sum over x_0 of q(x_s, x_t | x_0) p~(x_0), [A] eq. 4, (B, ..., K).
         Exact, at every s, for the leave-one-out denoiser, p~(x_0) ∝ p(x_0 | x_t) / q(x_t | x_0). A network that says
-        p(x_0 | x_t) itself is used as lambda xt, t: net(xt, t) - transition.log_columns(xt, 0, t), or as it is under
-        masks."""
+        p(x_0 | x_t) itself is used as lambda xt, t: net(xt, t) - transition.log_columns(xt, 0, t); with masks as is."""
         return self._reverse(self._guess(model, xt, t), xt, t, s)
 
     # -------- losses and the bound
@@ -735,17 +734,13 @@ def main():
     torch.manual_seed(0)
     K, T, n, steps = 4, 20, 20000, 800
     true = torch.tensor([[8, 1, 0, 1], [0, 6, 2, 0], [1, 0, 9, 0], [3, 0, 0, 5]]).flatten() / 36
-
-    def words(n):
-        word = torch.multinomial(true, n, replacement=True)
-        return torch.stack([word // K, word % K], dim=1)
-
     model = Transformer(K, (2,), width=32, depth=1, heads=1)
     diffusion = D3PM(uniform_transition(K, cosine_betas(T)))
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
-        loss = diffusion.loss_vlb(model, words(256)).mean()
+        word = torch.multinomial(true, 256, replacement=True)
+        loss = diffusion.loss_vlb(model, torch.stack([word // K, word % K], dim=1)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -759,7 +754,8 @@ def main():
     cells = [f"{'abcd'[i // K]}{'abcd'[i % K]} {100 * learnt[i]:5.1f} / {100 * true[i]:4.1f}" for i in range(K * K)]
     for i in range(0, K * K, K):
         print("   ".join(cells[i:i + K]))
-    bound = diffusion.bits_per_dim(model, words(n))["total"].mean()
+    word = torch.multinomial(true, n, replacement=True)
+    bound = diffusion.bits_per_dim(model, torch.stack([word // K, word % K], dim=1))["total"].mean()
     entropy = torch.distributions.Categorical(true).entropy() / math.log(2) / 2
     print(f"\nbound {bound:.3f} bits/letter, entropy {entropy:.3f}: the gap is what T = {T} factorised steps lose")
 
