@@ -6,10 +6,8 @@
                    ------- L_T ----------   ------------------ L_t -------------------   ---- L_0 -----
 
 The network gives p~(x_0): what the other places tell of x_0. Each place has its own noise, so they tell nothing of
-how x_t came about. Bayes' rule adds what x_t itself tells, q(x_t | x_0). That is the whole reverse process, at s = 0
-too, where it reads p(x_0 | x_t) ∝ q(x_t | x_0) p~(x_0).
-
-The bound is that of ddpm.py. L_t is the term of the step down from t (the papers' L_{t-1}); that of t = 1 is L_0.
+how x_t came about. Bayes' rule adds what x_t itself tells, q(x_t | x_0): at s = 0 p(x_0 | x_t) ∝ q(x_t | x_0) p~(x_0).
+L_t is the term of the step down from t, which the papers call L_{t-1}; that of t = 1 is L_0.
 
 [A] Austin et al. 2021, arXiv 2107.03006       [Ho] Hoogeboom et al. 2021, 2102.05379
 [U] Uria et al. 2014, 1310.1757 (any order)    [C] Chen et al. 2023, 2310.00426 (adaLN-single)
@@ -41,14 +39,11 @@ def cosine_betas(T):
 
 
 def linear_betas(T, start=None, stop=None):
-    """Evenly spaced -> (T,) float64, for discretised Gaussian noise.
-
-    From 0.1 / T to 20 / T, at most 1 ([A]'s 1e-4..0.02 at T = 1000); start and stop, if given, as they are.
-    """
+    """Evenly spaced from 0.1 / T to 20 / T, at most 1 ([A]'s 1e-4..0.02 at T = 1000) -> (T,) float64; for discretised
+    Gaussian noise. start and stop, if given, are taken as they are."""
     start = 0.1 / T if start is None else start
-    if stop is not None:
-        return torch.linspace(start, stop, T, dtype=torch.float64)
-    return torch.linspace(start, 20 / T, T, dtype=torch.float64).clamp(max=1)
+    betas = torch.linspace(start, 20 / T if stop is None else stop, T, dtype=torch.float64)
+    return betas.clamp(max=1) if stop is None else betas
 
 
 def mutual_information_betas(T):
@@ -56,7 +51,7 @@ def mutual_information_betas(T):
     return 1 / torch.arange(T, 0, -1, dtype=torch.float64)
 
 
-# ---------------------------------------------------------------- tables, times, logs
+# ---------------------------------------------------------------- tables and logs
 
 def _table(values):
     """float64 on the CPU in one move: mps has no float64."""
@@ -81,25 +76,14 @@ def _readable(x):
     return not isinstance(x, torch.Tensor) or x.device.type == "cpu"
 
 
-def _check_times(T, s, t, gap=0):
-    """s (None: t - 1) and t, each an int or int64 () or (B,); ValueError unless 0 <= s <= t - gap and t <= T."""
-    try:
-        earlier = t - 1 if s is None else s
-        s, t = (time if isinstance(time, torch.Tensor) else operator.index(time) for time in (earlier, t))
-        legal = all(isinstance(time, int) or time.dtype == torch.int64 and time.ndim < 2 for time in (s, t))
-    except TypeError:
-        legal = False
-    if not legal:
-        raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}")
-    low, high = s if _readable(s) else 0, t if _readable(t) else T
-    if not torch.as_tensor((0 <= low) & (low <= high - gap) & (high <= T), device="cpu").all():
-        raise ValueError(f"need {gap} <= t <= T = {T} and 0 <= s < t, got t = {t}, s = {s}")
-    return s, t
-
-
 def _logaddexp(a, b):
     """log(exp(a) + exp(b)), and a itself where b is -inf: logaddexp of two -inf has no gradient."""
     return torch.where(b == -math.inf, a, torch.logaddexp(a, b.clamp(min=-1e30)))
+
+
+def _one_hot(x, K):
+    """States (...) -> (..., K), True at x."""
+    return x[..., None] == torch.arange(K, device=x.device)
 
 
 def _kl(log_q, log_p):
@@ -107,14 +91,14 @@ def _kl(log_q, log_p):
     return (log_q.exp() * (log_q - log_p).masked_fill(log_q == -math.inf, 0.0)).sum(-1)
 
 
-def _mean(x):
-    """(B, ...) -> (B,): the mean over the dimensions of each example."""
+def _per_example(x):
+    """(B, ...) -> (B,): the mean over all but the batch, which may be empty."""
     return x.reshape(len(x), math.prod(x.shape[1:])).mean(1)
 
 
-def _bits(nats):
-    """(B, ...) nats -> (B,) bits per dimension."""
-    return _mean(nats) / math.log(2)
+def _entry(x, k):
+    """Entry k (...) of x (..., K)."""
+    return x.gather(-1, k[..., None])[..., 0]
 
 
 def categorical(p):
@@ -125,16 +109,14 @@ def categorical(p):
 # ---------------------------------------------------------------- transitions: what the noise does
 
 class Transition(nn.Module):
-    """One kind of noise: its laws for int states x and xt (...), from float64 tables.
+    """One kind of noise: its laws for int states x (...), from float64 tables.
 
     T, K, stationary (K,), mask (None without one)
     matrix(s, t)              Q_{s->t} for ints s <= t, (K, K) float64
     rows(x, s, t)             q(x_t | x_s = x), (..., K); for probabilities x (..., K): x Q_{s->t}
     columns(x, s, t)          q(x_t = x | x_s = k) for every k, (..., K): the likelihood of each state
     log_rows, log_columns     their logs; log_rows takes log-probabilities x (..., K)
-    log_entry(x, xt, s, t)    log q(x_t = xt | x_s = x), (...), or log of its mean over log-probabilities x (..., K)
-    draw(x, s, t)             a draw of q(x_t | x_s = x), int64 (...)
-    """
+    draw(x, s, t)             a draw of q(x_t | x_s = x), int64 (...)"""
 
     def __init__(self, T, **tables):
         super().__init__()
@@ -152,10 +134,20 @@ class Transition(nn.Module):
             self._buffers[name] = table.to("cpu" if self.device.type == "mps" else self.device)
         return self
 
-    def _times(self, s, t):
-        """s (None: t - 1) and t, checked, on the device of the tables."""
-        times = _check_times(self.T, s, t)
-        return [time.to(self.stationary.device) if isinstance(time, torch.Tensor) else time for time in times]
+    def times(self, s, t, gap=0):
+        """s (None: t - 1) and t, each an int or int64 () or (B,), the tensors on the device of the tables.
+        ValueError unless 0 <= s <= t - gap and t <= T."""
+        try:
+            s = t - 1 if s is None else s
+            s, t = (time if isinstance(time, torch.Tensor) else operator.index(time) for time in (s, t))
+            if any(isinstance(time, torch.Tensor) and (time.dtype != torch.int64 or time.ndim > 1) for time in (s, t)):
+                raise TypeError
+        except TypeError:
+            raise ValueError(f"a time is an int or int64 (B,), got t = {t}, s = {s}") from None
+        low, high = s if _readable(s) else 0, t if _readable(t) else self.T
+        if not torch.as_tensor((0 <= low) & (low <= high - gap) & (high <= self.T), device="cpu").all():
+            raise ValueError(f"need {gap} <= t <= T = {self.T} and 0 <= s < t, got t = {t}, s = {s}")
+        return [time.to(self.stationary.device) if isinstance(time, torch.Tensor) else time for time in (s, t)]
 
     def sample_prior(self, shape):
         """x_T drawn from the stationary distribution, int64 of the given shape."""
@@ -163,107 +155,104 @@ class Transition(nn.Module):
         return torch.multinomial(pi, max(n, 1), replacement=True)[:n].reshape(shape)
 
     def posterior_kl(self, x0, log_guess, xt, s, t):
-        """KL(q(x_s | x_t, x_0) || p) in nats (...), p being q with a guess (..., K) for x_0, summed over x_s."""
-        log_columns, earlier = self.log_columns(xt, s, t), t - 1 if s is None else s
+        """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats (...), p being q with a guess (..., K) for x_0. At s = 0, where
+        q is the point x_0, it is the cross-entropy -log p(x_0 | x_t), by Bayes' rule."""
+        earlier, t = self.times(s, t, gap=1)
+        log_columns = self.log_columns(xt, s, t)
+        log_p = (log_columns + self.log_rows(log_guess, 0, earlier)).log_softmax(-1)
+        if isinstance(earlier, int) and earlier == 0:
+            return -_entry(log_p, x0)
         log_q = (log_columns + self.log_rows(x0, 0, earlier)).log_softmax(-1)
-        return _kl(log_q, (log_columns + self.log_rows(log_guess, 0, earlier)).log_softmax(-1))
+        return _kl(log_q, log_p)
 
 
 class MixingTransition(Transition):
     """Q_t = (1 - beta_t) I + beta_t 1 pi^T: stay, or be drawn anew from pi. No table of K x K.
-
     Such matrices multiply to their like: Q_{s->t} = a I + b 1 pi^T, a = alpha_bar[t] / alpha_bar[s], b = 1 - a.
-    So each row and column is one shared vector and one other entry. ValueError for betas outside (0, 1].
-    """
+    ValueError for betas outside (0, 1]."""
 
     def __init__(self, betas, stationary):
         betas = _betas(betas)
         log_alpha_bar = F.pad(torch.log1p(-betas).cumsum(0), (1, 0))
+        # A finite log of 0, which falls with each step: what is lost stays lost (a = 0), and Q_{t->t} = I (a = 1).
+        log_alpha_bar = torch.maximum(log_alpha_bar, -1e5 * torch.arange(len(log_alpha_bar)))
         super().__init__(len(betas), log_alpha_bar=log_alpha_bar, stationary=_table(stationary))
-        self.reaches_all = bool((self.stationary > 0).all())
         # All of pi on one state makes it a mask: data never holds it, and a place without it is still data.
         self.mask = int(self.stationary.argmax()) if self.stationary.max() == 1 else None
+        self.reaches_all = bool((self.stationary > 1e-30).all())                # so that 1 / pi is finite in float32
 
     @property
     def alpha_bar(self):
         """prod_{i <= t} (1 - beta_i), the share of places never redrawn up to t, (T+1,) float64."""
         return self.log_alpha_bar.exp()
 
-    def mix(self, s, t, ndim=0):
-        """a and b of Q_{s->t}, () or (B, 1, ...) with ndim ones; a is 0 where alpha_bar_s is, but 1 at s = t."""
-        s, t = self._times(s, t)
+    def mix(self, s, t, x):
+        """a, b and pi of Q_{s->t} in the dtype of x (B, ...), a and b shaped to be multiplied with it."""
+        s, t = self.times(s, t)
         log_a = self.log_alpha_bar[t] - self.log_alpha_bar[s]
-        lost = log_a.isnan()
-        log_a = log_a.masked_fill(lost & (s != t), -math.inf).masked_fill(lost & (s == t), 0.0)
-        log_a = log_a.reshape(log_a.shape + (1,) * ndim) if log_a.ndim else log_a
-        return log_a.exp(), -torch.expm1(log_a)
+        log_a = log_a[(..., *[None] * (x.ndim - 1))]
+        return [_like(v, x) for v in (log_a.exp(), -torch.expm1(log_a), self.stationary)]
 
     def matrix(self, s, t):
-        a, b = self.mix(s, t)
-        return a * torch.eye(self.K, dtype=a.dtype, device=a.device) + b * self.stationary
+        return self.rows(torch.eye(self.K, dtype=torch.float64, device=self.stationary.device), s, t)
 
     def rows(self, x, s, t):
-        if x.is_floating_point():
-            a, b = self.mix(s, t, x.ndim - 1)
-            return _like(a, x) * x + _like(b * self.stationary, x) * x.sum(-1, keepdim=True)
-        a, b, pi = (_like(v, x) for v in (*self.mix(s, t, x.ndim), self.stationary))
-        return (b * pi).expand(*x.shape, self.K).scatter_add(-1, x[..., None], a.expand(*x.shape, 1))
+        p = x if x.is_floating_point() else _one_hot(x, self.K)
+        a, b, pi = self.mix(s, t, p)
+        return a * p + b * pi * p.sum(-1, keepdim=True)
 
     def log_rows(self, x, s, t):
-        """Log-probabilities are added as logs: nothing underflows."""
         if not x.is_floating_point():
             return self.rows(x, s, t).log()
-        a, b = self.mix(s, t, x.ndim - 1)
-        return _logaddexp(_like(a.log(), x) + x, _like((b * self.stationary).log(), x))
+        a, b, pi = self.mix(s, t, x)
+        return _logaddexp(a.log() + x, (b * pi).log())
 
     def columns(self, x, s, t):
-        a, b, pi = (_like(v, x) for v in (*self.mix(s, t, x.ndim), self.stationary))
-        return (b * pi[x[..., None]]).expand(*x.shape, self.K).scatter_add(-1, x[..., None], a.expand(*x.shape, 1))
+        same = _one_hot(x, self.K)
+        a, b, pi = self.mix(s, t, same)
+        redrawn = b * pi[x][..., None]
+        return torch.where(same, a + redrawn, redrawn)
 
     def log_columns(self, x, s, t):
         return self.columns(x, s, t).log()
 
-    def log_entry(self, x, xt, s, t):
-        a, b = self.mix(s, t, xt.ndim - 1)
-        redrawn = b * self.stationary[xt.to(b.device)]
-        if not x.is_floating_point():
-            return _like((a * (x == xt).to(a.device) + redrawn).log(), x)
-        return _logaddexp(_like(a.log(), x) + x.gather(-1, xt[..., None])[..., 0], _like(redrawn.log(), x))
-
     def posterior_kl(self, x0, log_guess, xt, s, t):
         """The same KL in one pass over K, for pi without zeros.
-
-        Both are q(x_t|x_s) times something: r = q(x_s|x_0), and u, its mean over the guess. In the logarithm
-        q(x_t|x_s) cancels: KL = E_q[log r - log u] + log(Z_u / Z_r), Z the normalisers. And only x_0 and x_t
-        differ from the other states, so that E_q is a mean under pi and two terms.
-        """
+        Let pi R be q(x_s | x_0), and pi U its mean over the guess. With q(x_t | x_s) = d pi[x_t] + c [x_s = x_t],
+            q(x_s | x_t, x_0) = R (d pi + c [x_s = x_t]) / Z_R,    Z_R = d + c R[x_t],    p likewise with U for R
+            KL = (d E(log R - log U) + c R[x_t] (log R[x_t] - log U[x_t])) / Z_R + log Z_U - log Z_R
+        where E, the mean under pi R, needs one sum over K, that of pi log U: R is b but for x_0."""
+        s, t = self.times(s, t, gap=1)
+        guess0, guess_t = _entry(log_guess, x0), _entry(log_guess, xt)
+        (a, b, pi), (c, d, _) = self.mix(0, s, guess0), self.mix(s, t, guess0)
+        if self.mask is not None:
+            # A cross-entropy: a place masked at t shows x_0 at s with probability
+            # (alpha_bar[s] - alpha_bar[t]) / (1 - alpha_bar[t]), and a place that is not masked costs nothing.
+            shown = a * d / self.mix(0, t, guess0)[1]
+            return torch.where(xt == self.mask, -shown * guess0, 0.0)
         if not self.reaches_all:
             return super().posterior_kl(x0, log_guess, xt, s, t)
-        s = t - 1 if s is None else s
-        coefficients = *self.mix(0, s, x0.ndim - 1), *self.mix(s, t, x0.ndim - 1), self.stationary
-        a, b, c, d, pi = (_like(v, log_guess) for v in coefficients)
-        log_u0, log_ut = (self.log_entry(log_guess, x, 0, s) for x in (x0, xt))
-        pi0, r0, rt = b * pi[x0], a + b * pi[x0], a * (x0 == xt) + b * pi[xt]
-        # At s = 0 u is the guess itself and may underflow, but b = 0 and only u0 and ut count.
-        u = a[..., None] * log_guess.exp() + b[..., None] * pi + torch.finfo(log_guess.dtype).tiny
-        # The sum over k of b pi_k (log r_k - log u_k), where r_k = b pi_k but for x_0.
-        mean = (torch.xlogy(b, b) + b * torch.xlogy(pi, pi).sum() + pi0 * r0.log() - torch.xlogy(pi0, pi0)
-                - b * (u.log() @ pi))
-        redrawn = d * pi[xt]
-        Z, log_Z_u = redrawn + c * rt, _logaddexp(c.log() + log_ut, redrawn.log())
-        total = redrawn * (a * (r0.log() - log_u0) + mean) + c * (torch.xlogy(rt, rt) - rt * log_ut)
-        return total / Z + log_Z_u - Z.log()
+        R0, Rt = b + a / pi[x0], b + a * (x0 == xt) / pi[xt]
+        log_U0, log_Ut = (_logaddexp(a.log() + guess - pi[x].log(), b.log())
+                          for guess, x in ((guess0, x0), (guess_t, xt)))
+        mean_log_R = (a + b * pi[x0]) * R0.log() + (1 - pi[x0]) * torch.xlogy(b, b)
+        mean_log_U = a * log_U0
+        if not (isinstance(s, int) and s == 0):
+            # Where an example has s = 0 all the same, U may underflow, but b = 0.
+            U = a[..., None] / pi * log_guess.exp() + (b[..., None] + torch.finfo(pi.dtype).tiny)
+            mean_log_U = mean_log_U + b * (U.log() @ pi)
+        at_xt = torch.xlogy(Rt, Rt) - Rt * log_Ut
+        Z_R, log_Z_U = d + c * Rt, torch.logaddexp(d.log(), c.log() + log_Ut)
+        return (d * (mean_log_R - mean_log_U) + c * at_xt) / Z_R + log_Z_U - Z_R.log()
 
     def draw(self, x, s, t):
-        _, b = self.mix(s, t, x.ndim - 1)
-        return torch.where(torch.rand(x.shape, device=x.device) < _like(b, x), self.sample_prior(x.shape), x)
+        _, b, _ = self.mix(s, t, x)
+        return torch.where(torch.rand(x.shape, device=x.device) < b, self.sample_prior(x.shape), x)
 
 
 class DenseTransition(Transition):
     """Any row-stochastic matrices (T, K, K). Two tables: Q_t and Q_bar_t, and the products of one strided grid.
-
-    stationary None: the mean row of Q_bar_T. ValueError where a row is not probabilities that sum to 1.
-    """
+    stationary None: the mean row of Q_bar_T. ValueError where a row is not probabilities that sum to 1."""
 
     def __init__(self, matrices, stationary=None):
         Q = _table(matrices)
@@ -280,7 +269,7 @@ class DenseTransition(Transition):
         self._products = {}
 
     def matrix(self, s, t):
-        s, t = _check_times(self.T, s, t)
+        s, t = self.times(s, t)
         if s == 0 or s == t:
             return self.Q_bar[t - s]
         if s == t - 1:
@@ -294,23 +283,17 @@ class DenseTransition(Transition):
 
     def _matrices(self, s, t):
         """Q_{s->t} for each example, float64 (B, K, K), or (1, K, K) for ints.
-
-        One look-up where s is None (t - 1) or 0; for others times are read back, which waits for an accelerator.
-        """
-        earlier, t = self._times(s, t)
+        One look-up where s is None (t - 1) or 0; other times are read back, which waits for an accelerator."""
+        earlier, t = self.times(s, t)
         if s is None:
-            return self.Q[t].reshape(-1, self.K, self.K)
-        if isinstance(earlier, int) and earlier == 0:
-            return self.Q_bar[t].reshape(-1, self.K, self.K)
-        if isinstance(earlier, int) and isinstance(t, int):
-            return self.matrix(earlier, t)[None]
-        times = (torch.as_tensor(time, device=self.Q.device).reshape(-1) for time in (earlier, t))
-        pairs = torch.stack(torch.broadcast_tensors(*times), dim=1).tolist()
-        return torch.stack([self.matrix(s, t) for s, t in pairs])
-
-    def _places(self, x):
-        """x (B, ..., K) as (B, places, K)."""
-        return x.reshape(len(x), math.prod(x.shape[1:-1]), self.K)
+            Q = self.Q[t]
+        elif isinstance(earlier, int) and earlier == 0:
+            Q = self.Q_bar[t]
+        else:
+            times = (torch.as_tensor(time, device="cpu").reshape(-1) for time in (earlier, t))
+            pairs = zip(*(time.tolist() for time in torch.broadcast_tensors(*times)))
+            Q = torch.stack([self.matrix(s, t) for s, t in pairs])
+        return Q.reshape(-1, self.K, self.K)
 
     def _pick(self, Q, x):
         """Row x of Q (B, K, K) or (1, K, K) -> (B, ..., K)."""
@@ -320,25 +303,21 @@ class DenseTransition(Transition):
     def rows(self, x, s, t):
         Q = self._matrices(s, t)
         if x.is_floating_point():
-            return (self._places(x) @ _like(Q, x)).reshape(x.shape)
+            return torch.einsum("b...i,bij->b...j", x, _like(Q, x))
         return self._pick(Q, x)
 
     def log_rows(self, x, s, t):
-        """Finite wherever the noise reaches, however small the log-probabilities x.
-
-        Where the sum underflows, the diagonal's term alone is kept, as a log; where that is 0 too, a tiny constant.
-        """
+        """Finite wherever the noise reaches, however small the log-probabilities x: where the sum underflows, the
+        diagonal's term alone is kept, as a log, with 1e-30 for an entry of 0."""
         Q = self._matrices(s, t)
         if not x.is_floating_point():
             return self._pick(Q.log(), x)
-        if isinstance(s, int) and isinstance(t, int) and s == t:
+        if isinstance(t, int) and t == 0:
             return x
-        stay, tiny = Q.diagonal(dim1=-2, dim2=-1)[:, None], torch.finfo(x.dtype).tiny
-        least = 1e8 * tiny * ((stay == 0) & (Q.sum(-2, keepdim=True) > 0))
-        log_p = self._places(x)
-        total = log_p.exp() @ _like(Q, x) + _like(least, x)
-        log_stay = log_p + _like(stay.log(), x)
-        return torch.where(total > tiny, total.clamp(min=tiny).log(), log_stay).reshape(x.shape)
+        total, tiny = torch.einsum("b...i,bij->b...j", x.exp(), _like(Q, x)), torch.finfo(x.dtype).tiny
+        stay = Q.diagonal(dim1=1, dim2=2).clamp(min=1e-30) * (Q.sum(1) > 0)
+        log_stay = _like(stay.log(), x).reshape(-1, *[1] * (x.ndim - 2), self.K)
+        return torch.where(total > tiny, total.clamp(min=tiny).log(), x + log_stay)
 
     def columns(self, x, s, t):
         return self._pick(self._matrices(s, t).mT, x)
@@ -346,12 +325,6 @@ class DenseTransition(Transition):
     def log_columns(self, x, s, t):
         """Taken in float64, where far states have not yet underflowed."""
         return self._pick(self._matrices(s, t).log().mT, x)
-
-    def log_entry(self, x, xt, s, t):
-        log_columns = self.log_columns(xt, s, t)
-        if x.is_floating_point():
-            return (log_columns + x).logsumexp(-1)
-        return log_columns.gather(-1, x[..., None])[..., 0]
 
     def draw(self, x, s, t):
         """By inverting the distribution function: faster than torch.multinomial."""
@@ -375,23 +348,18 @@ def absorbing_transition(K, betas, mask=None):
 
 def gaussian_transition(K, betas):
     """Move to near states, [A] appendix A.2.3: doubly stochastic, for ordinal data such as grey levels.
-
-    Q_t[i, j] = w(i - j) where i != j, with w(n) ∝ exp(-4 n^2 / ((K - 1)^2 beta_t)) and sum 1 over n = -(K-1)..K-1.
-    """
+    Q_t[i, j] = w(i - j) where i != j, with w(n) ∝ exp(-4 n^2 / ((K - 1)^2 beta_t)) and sum 1 over n = -(K-1)..K-1."""
     n = torch.arange(-(K - 1), K, dtype=torch.float64)
     weights = torch.softmax(-4 * n ** 2 / ((K - 1) ** 2 * _betas(betas)[:, None]), dim=1)
     i = torch.arange(K)
     Q = weights[:, i[:, None] - i + K - 1]
-    Q.diagonal(dim1=1, dim2=2).zero_()
-    Q.diagonal(dim1=1, dim2=2).copy_(1 - Q.sum(-1))
+    Q.diagonal(dim1=1, dim2=2).add_(1 - Q.sum(-1))
     return DenseTransition(Q)
 
 
 def neighbour_transition(embeddings, betas, k):
     """Move to states whose embeddings (K, D) are near, [A] appendix A.2.4: doubly stochastic, for words.
-
-    Q_t = exp(beta_t R), rates R = A - diag(A 1), A = (G + G^T) / 2k, G[i, j] = 1 for the k nearest neighbours j of i.
-    """
+    Q_t = exp(beta_t R), rates R = A - diag(A 1), A = (G + G^T) / 2k, G[i, j] = 1 for i's k nearest neighbours j."""
     embeddings, betas = _table(embeddings), _betas(betas)
     K = len(embeddings)
     if not 1 <= k < K:
@@ -405,10 +373,8 @@ def neighbour_transition(embeddings, betas, k):
 
 def truncated_logistic(mean, log_scale, K):
     """Log-probabilities (..., K) of a logistic cut into K bins and renormalised, [A] appendix A.8.
-
     State k is the bin around 2k / (K - 1) - 1; mean and log_scale are (...). A bin's mass is sigmoid(high)
-    - sigmoid(low) = sigmoid(high) sigmoid(-low) (1 - exp(low - high)), and the last factor is the same for all.
-    """
+    - sigmoid(low) = sigmoid(high) sigmoid(-low) (1 - exp(low - high)), and the last factor is the same for all."""
     centre, half = torch.linspace(-1, 1, K, dtype=mean.dtype, device=mean.device), 1 / (K - 1)
     gap, inv_scale = centre - mean[..., None], torch.exp(-log_scale)[..., None]
     return torch.log_softmax(F.logsigmoid((gap + half) * inv_scale) + F.logsigmoid((half - gap) * inv_scale), dim=-1)
@@ -418,9 +384,7 @@ def truncated_logistic(mean, log_scale, K):
 
 class D3PM(nn.Module):
     """The chain and its laws over a transition family. It holds no network.
-
-    ValueError for a time outside 1..T or a state outside 0..K-1 (for data: the mask), but not on an accelerator.
-    """
+    ValueError for a time outside 1..T or a state outside 0..K-1 (for data: the mask), but not on an accelerator."""
 
     def __init__(self, transition):
         super().__init__()
@@ -444,9 +408,8 @@ class D3PM(nn.Module):
 
     def _time(self, xt, t):
         """t as a network takes it: int64 (B,) on xt's device."""
-        _, t = _check_times(self.T, None, t, gap=1)
-        if not isinstance(t, torch.Tensor):
-            return torch.full(xt.shape[:1], t, device=xt.device)
+        _, t = self.transition.times(None, t, gap=1)
+        t = t if isinstance(t, torch.Tensor) else torch.full((), t, device=xt.device)
         if t.shape not in ((), xt.shape[:1]):
             raise ValueError(f"a time is an int or int64 (B,) = {tuple(xt.shape[:1])}, got t = {t}, s = {t - 1}")
         return t.to(xt.device).expand(len(xt))
@@ -467,13 +430,11 @@ class D3PM(nn.Module):
 
     def q_posterior(self, x0, xt, t, s=None):
         """Log-probabilities of q(x_s | x_t, x_0) = q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0), [A] eq. 3, (B, ..., K).
-
-        x0 is int (B, ...), or log-probabilities (B, ..., K) to average q(x_s | x_0) over. -inf for an impossible pair.
-        """
-        _check_times(self.T, s, t, gap=1)
+        x0 is int (B, ...), or log-probabilities (B, ..., K) to average over. -inf for an impossible pair."""
+        earlier, _ = self.transition.times(s, t, gap=1)
         x0 = x0 if x0.is_floating_point() else self._states(x0)
-        log_p = (self.transition.log_columns(self._states(xt, data=False), s, t)
-                 + self.transition.log_rows(x0, 0, t - 1 if s is None else s))
+        log_columns = self.transition.log_columns(self._states(xt, data=False), s, t)
+        log_p = log_columns + self.transition.log_rows(x0, 0, earlier)
         return log_p.log_softmax(-1).masked_fill(log_p == -math.inf, -math.inf)      # not NaN for an impossible pair
 
     # -------- reverse process p
@@ -494,20 +455,16 @@ class D3PM(nn.Module):
         if self.transition.mask is None:
             return log_p
         # By Bayes' rule what is not masked is x_0. Set here for a known place at T, where the rule would be 0 / 0.
-        return torch.where((xt == self.transition.mask)[..., None], log_p, F.one_hot(xt, self.K).to(log_p).log())
+        return torch.where((xt == self.transition.mask)[..., None], log_p, _one_hot(xt, self.K).log())
 
     def p_x0(self, model, xt, t):
         """Log-probabilities of p(x_0 | x_t) ∝ q(x_t | x_0) p~(x_0), (B, ..., K): p_reverse down to s = 0."""
         return self.p_reverse(model, xt, t, 0)
 
     def p_reverse(self, model, xt, t, s=None):
-        """Log-probabilities of p(x_s | x_t), [A] eq. 4, (B, ..., K).
-
-        Proportional to the sum over x_0 of q(x_s, x_t | x_0) p~(x_0): q_posterior with p~ for x_0. Exact, at every s,
-        for the leave-one-out denoiser, whose logits are log p(x_0 | x_t) - log q(x_t | x_0) up to a constant. So a
-        network that says p(x_0 | x_t) itself is used as lambda xt, t: net(xt, t) - transition.log_columns(xt, 0, t);
-        under masks as it is.
-        """
+        """Log-probabilities of p(x_s | x_t) ∝ sum over x_0 of q(x_s, x_t | x_0) p~(x_0), [A] eq. 4, (B, ..., K).
+        Exact, at every s, for the leave-one-out denoiser, p~(x_0) ∝ p(x_0 | x_t) / q(x_t | x_0). A network that says
+        p(x_0 | x_t) itself is used as lambda xt, t: net(xt, t) - transition.log_columns(xt, 0, t); with masks as is."""
         return self._reverse(self._guess(model, xt, t), xt, t, s)
 
     # -------- losses and the bound
@@ -515,30 +472,14 @@ class D3PM(nn.Module):
     def prior_kl(self, x0):
         """L_T = KL(q(x_T | x_0) || stationary), [A] eq. 1, bits per dimension (B,); infinite without full masking."""
         log_q = self.transition.log_rows(self._states(x0), 0, self.T)
-        return _bits(_kl(log_q, _like(self.transition.stationary.log(), log_q)))
+        return _per_example(_kl(log_q, _like(self.transition.stationary.log(), log_q))) / math.log(2)
 
     def vlb_term(self, model, x0, xt, t, s=None):
         """KL(q(x_s | x_t, x_0) || p(x_s | x_t)), [A] eq. 1, bits per dimension (B,); at s = 0: -log p(x_0 | x_t)."""
         return self._vlb_term(self._guess(model, xt, t), x0, xt, t, s)
 
     def _vlb_term(self, log_guess, x0, xt, t, s=None):
-        x0, transition = self._states(x0), self.transition
-        _check_times(self.T, s, t, gap=1)
-        if transition.mask is not None:
-            # The KL of masks is a cross-entropy: a place masked at t shows x_0 at s with probability
-            # (alpha_bar[s] - alpha_bar[t]) / (1 - alpha_bar[t]), and a place that is not masked costs nothing.
-            mix, ndim = transition.mix, xt.ndim - 1
-            shown = mix(0, t - 1 if s is None else s, ndim)[0] * mix(s, t, ndim)[1] / mix(0, t, ndim)[1]
-            return _bits(_like(shown, log_guess) * self._cross_entropy(log_guess, x0, xt, t))
-        return _bits(transition.posterior_kl(x0, log_guess, xt, s, t))
-
-    def _cross_entropy(self, log_guess, x0, xt, t):
-        """-log p(x_0 | x_t) in nats at each place (B, ...), by Bayes' rule."""
-        log_prior = log_guess.gather(-1, self._states(x0)[..., None])[..., 0]
-        if self.transition.mask is not None:            # a mask is as likely for every x_0
-            return torch.where(xt == self.transition.mask, -log_prior, 0.0)
-        log_entry = self.transition.log_entry
-        return log_entry(log_guess, xt, 0, t) - log_entry(x0, xt, 0, t) - log_prior
+        return _per_example(self.transition.posterior_kl(self._states(x0), log_guess, xt, s, t)) / math.log(2)
 
     def _noised(self, x0, t, xt):
         """t uniform on 1..T and xt from q(x_t | x_0) where not given."""
@@ -548,7 +489,7 @@ class D3PM(nn.Module):
     def loss_simple(self, model, x0, t=None, xt=None):
         """Cross-entropy of x_0, -log p(x_0 | x_t), bits per dimension (B,)."""
         t, xt = self._noised(x0, t, xt)
-        return _bits(self._cross_entropy(self._guess(model, xt, t), x0, xt, t))
+        return self.vlb_term(model, x0, xt, t, 0)
 
     def loss_vlb(self, model, x0, t=None, xt=None):
         """T L_t, a one-sample estimate of L_0 + sum L_t; bits per dimension (B,)."""
@@ -559,39 +500,35 @@ class D3PM(nn.Module):
         """L_t + ce_weight times the cross-entropy of x_0, as in [A]'s code (its eq. 5 has the whole sum for L_t)."""
         t, xt = self._noised(x0, t, xt)
         log_guess = self._guess(model, xt, t)
-        cross_entropy = _bits(self._cross_entropy(log_guess, x0, xt, t))
-        return self._vlb_term(log_guess, x0, xt, t) + ce_weight * cross_entropy
+        return self._vlb_term(log_guess, x0, xt, t) + ce_weight * self._vlb_term(log_guess, x0, xt, t, 0)
 
     @torch.no_grad()
     def bits_per_dim(self, model, x0, steps=None):
         """The whole bound on -log2 p(x0) / D, with one draw of x_t for each term; no gradient.
-
         -> dict: total (B,) = prior (B,) + terms.sum(1), terms (B, n) in the order S_1..S_n, terms[:, 0] being L_0, and
-        x0_error (B, n), the share of places guessed wrong.
-        """
+        x0_error (B, n), the share of places guessed wrong."""
         terms, errors, grid = [], [], [0, *self.timesteps(steps)]
         for s, t in zip(grid, grid[1:]):
             xt = self.q_sample(x0, t)
             log_guess = self._guess(model, xt, t)
             terms.append(self._vlb_term(log_guess, x0, xt, t, s))
-            errors.append(_mean((self._reverse(log_guess, xt, t, 0).argmax(-1) != x0).to(log_guess.dtype)))
+            wrong = self._reverse(log_guess, xt, t, 0).argmax(-1) != x0
+            errors.append(_per_example(wrong.to(log_guess.dtype)))
         prior, terms = self.prior_kl(x0), torch.stack(terms, dim=1)
         return dict(total=prior + terms.sum(1), prior=prior, terms=terms, x0_error=torch.stack(errors, dim=1))
 
     # -------- samplers
 
     def timesteps(self, steps=None):
-        """The grid S_1 < ... < S_n = T, a list of ints.
-
-        steps is None (all of 1..T), a number n (evenly spaced, both ends kept), or an increasing list that ends at T.
-        """
-        T = self.T
+        """The grid S_1 < ... < S_n = T, a list of ints. steps is None (all of 1..T), a number n (n evenly spaced
+        times, both ends kept), or an increasing list that ends at T; ValueError for anything else."""
+        T, steps = self.T, steps.tolist() if hasattr(steps, "tolist") else steps
         try:
-            if getattr(steps, "ndim", hasattr(steps, "__len__")):
-                grid = [operator.index(t) for t in steps]
-            else:
-                n = min(T, T if steps is None else operator.index(steps))
+            if steps is None or hasattr(steps, "__index__"):
+                n = T if steps is None else min(T, operator.index(steps))
                 grid = [1 + (2 * i * (T - 1) + n - 1) // (2 * (n - 1)) for i in range(n)] if n > 1 else [T] * n
+            else:
+                grid = [operator.index(t) for t in steps]
         except TypeError:
             grid = []
         if not grid or grid[0] < 1 or grid[-1] != T or any(s >= t for s, t in zip(grid, grid[1:])):
@@ -633,23 +570,20 @@ class D3PM(nn.Module):
     @torch.no_grad()
     def sample_any_order(self, model, shape, order=None, known=None):
         """Masks only: one place a step, each drawn given all before it, as an autoregressive model in any order [U].
-
-        order is a permutation of the D places of an example, (D,) or (B, D), random when left out.
-        """
+        order is a permutation of the D places of an example, (D,) or (B, D), random when left out."""
         mask = self.transition.mask
         if mask is None:
             raise ValueError("any-order sampling needs absorbing_transition: other noise has no masks to fill")
-        xs = self._hold(torch.full(shape, mask, device=self.device), known, self.T)
-        flat = xs.reshape(len(xs), -1)
-        D = flat.shape[1]
+        flat = self._hold(torch.full(shape, mask, device=self.device), known, self.T).reshape(shape[0], -1)
+        B, D = flat.shape
         if order is not None and _readable(order) and not (order.sort().values == torch.arange(D)).all():
             raise ValueError(f"order must hold each place 0..{D - 1} once, got {order.tolist()}")
         order = torch.rand(flat.shape, device=self.device).argsort(1) if order is None else order.expand(flat.shape)
-        for place in order.to(self.device).split(1, dim=1):
+        example = torch.arange(B, device=self.device)
+        for place in order.to(self.device).T:
             t = ((flat == mask).sum(1) * self.T / D).ceil().long().clamp(1, self.T)       # the time with as many masks
-            log_p0 = self.p_x0(model, flat.reshape(shape), t).reshape(len(xs), D, self.K)
-            drawn = categorical(log_p0.gather(1, place[..., None].expand(-1, -1, self.K)).exp())
-            flat = flat.scatter(1, place, drawn)
+            log_p0 = self.p_x0(model, flat.reshape(shape), t).reshape(B, D, self.K)
+            flat = flat.index_put((example, place), categorical(log_p0[example, place].exp()))
         return flat.reshape(shape)
 
 
@@ -657,9 +591,7 @@ class D3PM(nn.Module):
 
 def guided(model, y, weight):
     """A model(xt, t) out of model(xt, t, y): logits pushed towards the labels y, int64 (B,), [G] eq. 6.
-
-    Its p~(x_0) ∝ p(x_0 | rest) p(y | x_0, rest)^(1 + weight): weight 0 is the network given y, -1 without a label.
-    """
+    Its p~(x_0) ∝ p(x_0 | rest) p(y | x_0, rest)^(1 + weight): weight 0 is the network given y, -1 without a label."""
     def pushed(xt, t):
         logits = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, -1)]))
         with_label, without = logits.chunk(2)
@@ -677,20 +609,18 @@ def pixel_outputs(K):
 
 class PixelLogits(nn.Module):
     """Any image network as a network for D3PM: model(xt, t) -> logits (B, C, H, W, K) of p~(x_0).
-
     net maps (B, 2C, H, W), grey values in [-1, 1] and then 1 where masked, to (B, C pixel_outputs(K), H, W). Above 32
-    states its output is a truncated logistic around x_t, [A] appendix A.8. mask is None or K - 1, else ValueError.
-    """
+    states its output is a truncated logistic around x_t, [A] appendix A.8. mask is None or K - 1, else ValueError."""
 
     def __init__(self, net, K, mask=None):
         super().__init__()
         if mask not in (None, K - 1):
             raise ValueError(f"the mask must be None or the last state, {K - 1}, got {mask}")
-        self.net, self.K, self.mask, self.levels = net, K, mask, K - (mask is not None)
+        self.net, self.K, self.levels = net, K, K - (mask is not None)
 
     def forward(self, xt, t, y=None):
         B, C, H, W = xt.shape
-        masked = xt == self.K - 1 if self.mask is not None else torch.zeros_like(xt, dtype=torch.bool)
+        masked = xt >= self.levels
         grey = (2 * xt.float() / (self.levels - 1) - 1).masked_fill(masked, 0.0)
         x = torch.cat([grey, masked.float()], dim=1)
         out = (self.net(x, t) if y is None else self.net(x, t, y)).float()
