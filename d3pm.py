@@ -656,10 +656,8 @@ def rotate(x):
 
 class Block(nn.Module):
     """On (B, N, width): depthwise convolution, then self-attention and a two-layer network under adaLN-single, [C].
-
     modulation (B, 6, width), scales, shifts and gates from the time, is the same for all blocks; each adds a table of
-    its own. The convolution is this file's addition: the nearest places tell most, and attention learns that late.
-    """
+    its own. The convolution is this file's addition: the nearest places tell most, and attention learns that late."""
 
     def __init__(self, width, heads, dropout):
         super().__init__()
@@ -684,10 +682,8 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """A bidirectional Transformer: model(xt, t, y=None) -> logits (B, ..., K) of p~(x_0), all 0 at the start.
-
     shape is one example's: (L,) tokens, or (C, H, W), where patch x patch pixels are one place. Labels y are int64
-    (B,) in 0..classes-1, or -1 for none, as everywhere if left out. ValueError for sizes or labels that do not fit.
-    """
+    (B,) in 0..classes-1, or -1 for none, as everywhere if left out. ValueError for sizes or labels that do not fit."""
 
     def __init__(self, K, shape, width=256, depth=6, heads=4, patch=4, dropout=0.0, classes=0):
         super().__init__()
