@@ -188,10 +188,9 @@ def build(config):
         return (ddpm.UNet(shape[0], outputs * shape[0], **size),
                 ddpm.GaussianDiffusion(betas[schedule](T), config["prediction"], config["variance"]))
     betas = dict(cosine=d3pm.cosine_betas, linear=d3pm.linear_betas, mutual=d3pm.mutual_information_betas)
-    family = dict(uniform=d3pm.uniform_transition, absorbing=d3pm.absorbing_transition,
-                  gaussian=d3pm.gaussian_transition)
+    family = getattr(d3pm, f"{config['transition']}_transition")
     K = (len(config["chars"]) if config["chars"] else config["levels"]) + (config["transition"] == "absorbing")
-    diffusion = d3pm.D3PM(family[config["transition"]](K, betas[schedule](T)))
+    diffusion = d3pm.D3PM(family(K, betas[schedule](T)))
     if config["chars"]:
         return d3pm.Transformer(K, shape, **size), diffusion
     unet = ddpm.UNet(2 * shape[0], shape[0] * d3pm.pixel_outputs(K), **size)
@@ -331,7 +330,7 @@ class Muon(torch.optim.Optimizer):
     The averaged gradient has a few large singular values; set to 1, the rare directions learn as fast. Times
     0.2 sqrt(longer side) the step is of Adam's size and can have Adam's learning rate (Liu et al. 2025, 2502.16982).
     A convolution is the matrix (out, in height width). torch.optim.Muon takes 2 D weights alone and multiplies
-    them in bfloat16, which most CPUs lack: there this one, in float32 and all of a size at once, is ten times as fast."""
+    them in bfloat16, which most CPUs lack: there this one, in float32 and all of a size at once, is tenfold faster."""
 
     def __init__(self, weights, lr, dtype=torch.float32):
         sizes = {}
@@ -564,8 +563,6 @@ def compiled(run, x0, t, noise, y):
         run.call(fast, noise[part], t[part], None if y is None else y[part]).float().mean().backward()
         return fast
     except Exception as error:
-        if "out of memory" in str(error):
-            raise
         say(f"going on uncompiled: {first_line(error)[:100]}")
         return network
 
@@ -627,7 +624,7 @@ def encode_prompt(run, prompt):
 
 
 def save_samples(run, x0, out, film=(), y=None):
-    """samples.txt or samples.png, a row for each class of y; if there is a film samples.gif, samples.npy, labels.npy."""
+    """samples.txt or samples.png, a row for each class of y; with a film samples.gif, samples.npy and labels.npy."""
     if run.text:
         texts = [f"--- {i + 1}\n{text}\n" for i, text in enumerate(run.texts(x0))]
         write(out / "samples.txt", "\n".join(texts).encode())
@@ -692,10 +689,10 @@ def evaluate(run, out, data, n, given):
     result = bounds(y)
     total, prior, terms, error = (part.mean(0) for part in result.values())
     spread = f" +- {result['total'].std() / len(x0) ** 0.5:.4f}" if len(x0) > 1 else ""
-    given_labels = "" if y is None else f", given their labels{f' with guidance {guidance}' if guidance else ''}"
+    told = "" if y is None else f", given their labels{f' with guidance {guidance:g}' if guidance else ''}"
     quarters = " ".join(f"{quarter.sum():.4f}" if len(quarter) else "-" for quarter in terms[1:].tensor_split(4))
     say(f"{run.config['model']} on {data.name}: {total:.4f} {run.unit}{spread} on {len(x0)} test examples, "
-        f"{len(grid)} steps{given_labels}\n  L_T {prior:.4f}\n"
+        f"{len(grid)} steps{told}\n  L_T {prior:.4f}\n"
         f"  L_t {terms[1:].sum():.4f} in {len(grid) - 1} terms, by quarter of t: {quarters}\n  L_0 {terms[0]:.4f}\n"
         f"  yardsticks: {yardsticks(run, data)}")
     record = dict(total=total.item(), prior=prior.item(), steps=grid, terms=terms.tolist(),
@@ -852,9 +849,8 @@ def image_files(folder):
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [os.path.join(place, name) for name in names if not name.startswith(".")]
-        files += [os.path.relpath(path, folder) for path in paths
-                  if os.path.splitext(path)[1].lower() in kinds and os.path.isfile(path)]
+        paths = [pathlib.Path(place, name) for name in names if not name.startswith(".")]
+        files += [os.path.relpath(path, folder) for path in paths if path.suffix.lower() in kinds and path.is_file()]
     return sorted(files)
 
 
@@ -1101,7 +1097,7 @@ def command(given, store):
 
 def main(argv=None):
     """Do what the command line says; every foreseeable fault ends in one line, which one process says."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))      # closed by >&-
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))    # closed by >&-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                      # what the terminal can't show is written out
             stream.reconfigure(errors="backslashreplace")
@@ -1113,24 +1109,19 @@ def main(argv=None):
         try:
             command(options(argv), store)
         except (Exception, KeyboardInterrupt) as error:
-            explain(error)
+            line, path, text = first_line(error), getattr(error, "filename", None), str(error)
+            memory = isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+            gone = isinstance(error, RuntimeError) and ("gloo" in text or isinstance(error, dist.DistError))
+            need(not isinstance(error, KeyboardInterrupt), "interrupted")
+            need(not isinstance(error, OSError), f"{path}: {error.strerror}" if path else line)
+            need(not memory,
+                 f"out of memory: try a smaller --batch-size, or --accumulate 2 for the same batch ({line[:100]})")
+            need(WORLD == 1 or not gone, f"another process has ended ({line[:100]})")
+            raise                           # a mistake in the code keeps its traceback
     except SystemExit as end:
-        if end.code and store is not None and store.add("faults", 1) > 1:        # another process has said what is wrong
+        if end.code and store is not None and store.add("faults", 1) > 1:        # another process has said it
             raise SystemExit(1) from None
         raise end from None
-
-
-def explain(error):
-    """End a foreseeable fault in one line; a mistake in this file keeps its traceback."""
-    line = first_line(error)
-    need(not isinstance(error, KeyboardInterrupt), "interrupted")
-    file = getattr(error, "filename", None)
-    need(not isinstance(error, OSError), f"{file}: {error.strerror}" if file else line)
-    memory = isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
-    need(not memory, f"out of memory: try a smaller --batch-size, or --accumulate 2 for the same batch ({line[:100]})")
-    gone = isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError))
-    need(WORLD == 1 or not gone, f"another process has ended ({line[:100]})")
-    raise error
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def terms(run, bound, path):
 
 @torch.no_grad()
 def lossy(run, data, grid, path):
-    """lossy.png: what a receiver who has x_t guesses, for test images (rows) and falling t (columns); last the image."""
+    """lossy.png: what a receiver who has x_t guesses, for test images (rows) and falling t (columns); then the data."""
     torch.manual_seed(0)
     x0, y = train.test_examples(run, data, 8)
     columns, times = [], [grid[i] for i in torch.linspace(len(grid) - 1, 0, 9).long().tolist()]
