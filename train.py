@@ -441,7 +441,7 @@ def begin(run, data, out):
         torch.manual_seed(0)
         x0 = run.states(data.test[:1].to(run.device))
         noisy = torch.cat([run.diffusion.q_step(x0, 0, i * T // 9) for i in range(10)])
-        attempt(save_grid, run.pictures(noisy), out / "forward.png", 10)
+        attempt(grid_picture(run.pictures(noisy), 10, least=400).save, out / "forward.png")
     return lock
 
 
@@ -638,7 +638,7 @@ def save_samples(run, x0, out, film=(), y=None):
             rows = [(y.cpu() == label).nonzero()[:8, 0] for label in classes]
             columns = min(len(row) for row in rows)
             shown = torch.cat([row[:columns] for row in rows])
-        save_grid(images[shown], out / "samples.png", columns)
+        grid_picture(images[shown], columns, least=400).save(out / "samples.png")
         for name, array in dict(samples=images.permute(0, 2, 3, 1), labels=y).items():
             if film and array is not None:
                 np.save(out / f"{name}.npy", array.cpu().numpy())
@@ -649,17 +649,12 @@ def save_samples(run, x0, out, film=(), y=None):
                        duration=[100] * (len(frames) - 1) + [3000])
 
 
-def grid_picture(images, columns=None):
-    """uint8 (N, C, H, W) as one picture, square-ish if the columns are not given."""
+def grid_picture(images, columns=None, least=0):
+    """uint8 (N, C, H, W) as one picture, square-ish if the columns are not given, doubled if narrower than `least`."""
     columns = columns or math.ceil(len(images) ** 0.5)
     grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
-    return Image.fromarray(grid.permute(1, 2, 0).numpy())
-
-
-def save_grid(images, path, columns=None):
-    """grid_picture as a PNG, twice as large as life where that is small."""
-    picture = grid_picture(images, columns)
-    ImageOps.scale(picture, 2 if picture.width < 400 else 1, Image.Resampling.NEAREST).save(path)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    return ImageOps.scale(picture, 2 if picture.width < least else 1, Image.Resampling.NEAREST)
 
 
 def text_picture(texts, columns=64):
@@ -817,7 +812,7 @@ def load_text(data):
 
 
 def load_folder(data, data_dir, size):
-    """All images below a folder, decoded once into a file that is mapped; the sub-folders are their classes."""
+    """All images below a folder in a random order, decoded once into a file; the sub-folders are their classes."""
     folder = pathlib.Path(data.name).resolve()
     data.folder, data.name, data.source, files = True, folder.name, str(folder), image_files(folder)
     stats = [(file, os.stat(folder / file)) for file in files]
@@ -825,7 +820,25 @@ def load_folder(data, data_dir, size):
     cache = data_dir / f"{folder.name}-{size}-{key:08x}.pixels"
     if not cache.with_suffix(".json").exists():
         data_dir.mkdir(parents=True, exist_ok=True)
-        decode(folder, files, size, cache)
+        files = [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))]
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(16, cpus) if len(files) > 1000 else 0                         # to start them takes a while
+        images = torch.utils.data.DataLoader([str(folder / file) for file in files], batch_size=None,
+                                             num_workers=workers, collate_fn=functools.partial(square, size=size))
+        pixels, labels, left_out = np.empty((len(files), 3, size, size), np.uint8), [], []
+        for i, (file, image) in enumerate(zip(files, images)):
+            name = os.fsencode(file).decode(errors="backslashreplace")
+            if image is None:
+                left_out.append(name)
+            else:
+                pixels[len(labels)] = image
+                labels.append(name.split(os.sep)[0] if os.sep in name else "")
+            progress("decoding", i, i + 1, len(files))
+        pixels = pixels[:len(labels)]
+        found = dict(labels=labels, left_out=left_out, grey=bool((pixels == pixels[:, :1]).all()),
+                     fingerprint=f"{len(labels)}-{zlib.crc32(pixels):08x}")
+        write(cache, pixels)
+        write(cache.with_suffix(".json"), json.dumps(found).encode())
     found = json.loads(cache.with_suffix(".json").read_text())
     labels, left_out, n = found["labels"], found["left_out"], len(found["labels"])
     if left_out:
@@ -852,32 +865,6 @@ def image_files(folder):
         paths = [pathlib.Path(place, name) for name in names if not name.startswith(".")]
         files += [os.path.relpath(path, folder) for path in paths if path.suffix.lower() in kinds and path.is_file()]
     return sorted(files)
-
-
-def decode(folder, files, size, cache):
-    """Decode the files in a random order into `cache`, and write into a .json beside it what they are."""
-    files = [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))]
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(16, cpus) if len(files) > 1000 else 0                             # to start them takes a while
-    images = torch.utils.data.DataLoader([os.path.join(folder, file) for file in files], batch_size=None,
-                                         num_workers=workers, collate_fn=functools.partial(square, size=size))
-    partial, labels, left_out, crc, grey = cache.with_suffix(f".{os.getpid()}.tmp"), [], [], 0, True
-    try:
-        with open(partial, "wb") as out:    # not through a memory map: on a full disk that is a bus error
-            for i, (file, image) in enumerate(zip(files, images)):
-                name = os.fsencode(file).decode(errors="backslashreplace")
-                if image is None:
-                    left_out.append(name)
-                else:
-                    out.write(image.tobytes())
-                    labels.append(name.split(os.sep)[0] if os.sep in name else "")
-                    crc, grey = zlib.crc32(image.tobytes(), crc), grey and bool((image == image[:1]).all())
-                progress("decoding", i, i + 1, len(files))
-        os.replace(partial, cache)
-    finally:
-        partial.unlink(missing_ok=True)
-    found = dict(labels=labels, left_out=left_out, grey=grey, fingerprint=f"{len(labels)}-{crc:08x}")
-    write(cache.with_suffix(".json"), json.dumps(found).encode())
 
 
 def square(file, size):
@@ -967,22 +954,16 @@ def load(path, device):
     need(path.exists(), f"no checkpoint in {path.parent}: train first, or name the run with --out")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:
-        previous = path.with_suffix(".previous.pt")
-        need(False, f"{path} is damaged or not a checkpoint of train.py"
-             + (f"; the one before is {previous}: copy it there" if previous.exists() else ""))
-    try:
         run = Run(state["config"], device)
         run.net.load_state_dict(state["model"])
         run.ema.load_state_dict(state["ema"])
         for optimizer, moments in zip(run.optimizers, state["optimizer"], strict=True):
             optimizer.load_state_dict(moments)
         run.step, run.rows = state["step"], state["rows"]
-    except (RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
-        need(False, f"{path} is not a checkpoint of train.py, or one of another version, such as an earlier version or "
-             f"one with another network ({first_line(error)})")
+    except Exception as error:
+        previous = path.with_suffix(".previous.pt")
+        need(False, f"{path} is damaged, or not a checkpoint of train.py, or of another version, as an earlier version "
+             f"({first_line(error)})" + (f"; the one before is {previous}" if previous.exists() else ""))
     return run
 
 
@@ -1017,9 +998,9 @@ def save_checkpoint(run, out, best):
     previous = path.read_bytes() if path.exists() else None
     write(path, buffer.getbuffer())
     if previous:
-        write(out / "checkpoint.previous.pt", previous)
+        attempt(write, out / "checkpoint.previous.pt", previous)
     if best:
-        write(out / "best.pt", buffer.getbuffer())
+        attempt(write, out / "best.pt", buffer.getbuffer())
 
 
 def write(path, content):
