@@ -696,6 +696,7 @@ def evaluate(run, out, data, n, given):
         record |= dict(guidance=guidance, total_without_labels=bounds(None)["total"].mean().item())
         say(f"  without labels {record['total_without_labels']:.4f} {run.unit}")
     write(out / "eval.json", json.dumps(record).encode())
+    say(f"  written: {out / 'eval.json'}; python assets/figures.py {out} draws it")
 
 
 def loss_figure(run, path):
