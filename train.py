@@ -10,6 +10,7 @@
 In order: options; the run, one batch, the objective, the loop; sampling and evaluation; data and files.
 """
 import argparse
+import contextlib
 import copy
 import datetime
 import functools
@@ -19,7 +20,6 @@ import math
 import os
 import pathlib
 import pydoc_data.topics
-import shutil
 import signal
 import socket
 import sys
@@ -81,11 +81,13 @@ SCHEDULES = dict(uniform="cosine", absorbing="mutual", gaussian="linear")
 FIXED = ("model batch_size seed dropout labels plain timesteps schedule prediction variance transition levels size "
          "length width").split()
 FREE = "steps lr accumulate save_every".split()
-# The options that mean something, by what is asked for.
+# The options that mean something, by what is asked for; the ranges of numbers, 1 to infinity for the others.
 MEANING = dict(train=["data", "data_dir", "out", "device", "resume", *FIXED, *FREE],
                sample=("model data out device seed sample sample_steps variance eta temperature prompt label "
                        "guidance").split(),
-               eval="model data data_dir out device seed eval sample_steps variance".split())
+               eval="model data data_dir out device seed eval sample_steps variance guidance".split())
+RANGES = dict(seed=(0, 2 ** 40), eta=(0, 1), variance=(0, 1), levels=(2, 256), lr=(1e-9, 1e3), dropout=(0, 0.9),
+              temperature=(0.01, 100), label=(0, math.inf), guidance=(-1, 100))
 
 
 def options(argv=None):
@@ -116,7 +118,7 @@ def options(argv=None):
     add("--eta", type=float, help="sample by DDIM: 0 no noise, 1 ancestral")
     add("--temperature", type=float, metavar="X", help="of d3pm's guess when sampling (1)")
     add("--label", type=int, metavar="N", help="class of the samples (all, a row each)")
-    add("--guidance", type=float, metavar="W", help="push samples towards their class (0)")
+    add("--guidance", type=float, metavar="W", help="push samples or --eval towards the class (0)")
     add("--prompt", metavar="TEXT", help="text to complete; _ (or \N{MIDDLE DOT}) is a free place")
     add("--eval", type=int, nargs="?", const=1000, metavar="N", help="bits/dim on N test examples (1000)")
     add("--timesteps", type=int, metavar="T", help="length of the chain (1000; text: --length)")
@@ -130,21 +132,14 @@ def options(argv=None):
     add("--length", type=int, metavar="N", help="characters of an example of text (256)")
     add("--width", type=int, metavar="N", help="channels of the network (by device)")
     given = vars(p.parse_args(argv))
-    check(given)
-    return given | {name: os.path.expanduser(given[name]) for name in ("data", "data_dir", "out") if name in given}
-
-
-def check(given):
-    """One line for a number out of its range, or an option that means nothing for what is asked."""
-    ranges = dict(seed=(0, 2 ** 40), eta=(0, 1), variance=(0, 1), levels=(2, 256), lr=(1e-9, 1e3), dropout=(0, 0.9),
-                  temperature=(0.01, 100), label=(0, math.inf), guidance=(-1, 100))
     uses = [use for use in ("sample", "eval") if use in given] or ["train"]
+    asked = "in training" if uses == ["train"] else "with --" + " --".join(uses)
     for name, value in given.items():
-        flag, (low, high) = f"--{name.replace('_', '-')}", ranges.get(name, (1, math.inf))
+        flag, (low, high) = f"--{name.replace('_', '-')}", RANGES.get(name, (1, math.inf))
         within = type(value) not in (int, float) or low <= value <= high
-        need(any(name in MEANING[use] for use in uses),
-             f"{flag} has no meaning {'in training' if uses == ['train'] else 'with --' + ' --'.join(uses)}")
+        need(any(name in MEANING[use] for use in uses), f"{flag} has no meaning {asked}")
         need(within, f"{flag} must lie in {low:g}..{high:g}, got {value}")
+    return given | {name: os.path.expanduser(given[name]) for name in ("data", "data_dir", "out") if name in given}
 
 
 def complete(given, data, device):
@@ -169,10 +164,11 @@ def complete(given, data, device):
         config |= {} if text else PIXELS[place] | dict(levels=256)
     config |= (dict(lr=1e-3) if plain else {}) | (dict(size=shape[-1]) if data.folder else {})
     config["save_every"] = max(1, min(1000, given.get("steps", config["steps"]) // 10))
-    settings = {name: given[name] for name in (*FIXED, *FREE) if name in given}
-    for name in settings:
-        need(name in config, f"--{name.replace('_', '-')} has no meaning for --model {model} on --data {data.name}")
-    config |= settings
+    for name in (*FIXED, *FREE):
+        if name in given:
+            need(name in config,
+                 f"--{name.replace('_', '-')} has no meaning for --model {model} on --data {data.name}")
+            config[name] = given[name]
     need(config.get("transition") != "absorbing" or config["schedule"] == "mutual",
          f"--schedule {config['schedule']} leaves places without a mask at T: --transition absorbing needs mutual")
     return config | dict(classes=data.classes if config["labels"] else [])
@@ -182,20 +178,19 @@ def complete(given, data, device):
 
 def build(config):
     """The network and the diffusion that a configuration describes."""
-    T, shape = config["timesteps"], config["shape"]
+    T, shape, schedule = config["timesteps"], config["shape"], config["schedule"]
     sizes = "width mults blocks attention patch fourier depth dropout".split()
     size = {name: config[name] for name in sizes if name in config} | dict(classes=len(config["classes"]))
     if config["model"] == "ddpm":
         betas = dict(cosine=ddpm.cosine_beta_schedule, linear=ddpm.linear_beta_schedule)
-        need(config["schedule"] in betas, f"--schedule {config['schedule']} is not for --model ddpm")
+        need(schedule in betas, f"--schedule {schedule} is not for --model ddpm")
         outputs = 2 if config["variance"] == "learned" else 1
         return (ddpm.UNet(shape[0], outputs * shape[0], **size),
-                ddpm.GaussianDiffusion(betas[config["schedule"]](T), config["prediction"], config["variance"]))
+                ddpm.GaussianDiffusion(betas[schedule](T), config["prediction"], config["variance"]))
     betas = dict(cosine=d3pm.cosine_betas, linear=d3pm.linear_betas, mutual=d3pm.mutual_information_betas)
-    family = dict(uniform=d3pm.uniform_transition, absorbing=d3pm.absorbing_transition,
-                  gaussian=d3pm.gaussian_transition)
+    family = getattr(d3pm, f"{config['transition']}_transition")
     K = (len(config["chars"]) if config["chars"] else config["levels"]) + (config["transition"] == "absorbing")
-    diffusion = d3pm.D3PM(family[config["transition"]](K, betas[config["schedule"]](T)))
+    diffusion = d3pm.D3PM(family(K, betas[schedule](T)))
     if config["chars"]:
         return d3pm.Transformer(K, shape, **size), diffusion
     unet = ddpm.UNet(2 * shape[0], shape[0] * d3pm.pixel_outputs(K), **size)
@@ -219,17 +214,17 @@ class Run:
         self.optimizers = optimizers(self.net, config, self.bf16)
         self.step, self.rows, self.signals = 0, [], []                     # rows of log.csv; signals to stop
 
-    def call(self, net, xt, t, y=None):
-        """A network's output, in bfloat16 where the device computes it."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return net(xt, t) if y is None else net(xt, t, y)
+    def call(self, net, xt, t, y=None, exact=False):
+        """A network's output, in bfloat16 where the device computes it, or exact: in float32."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and not exact):
+            return net(xt, t, y)
 
     def model(self, y=None, guidance=0.0, temperature=1.0, exact=False):
         """ema as a model(xt, t): given labels y, guided, its logits at a temperature; exact: all in float32."""
         def network(xt, t, y=None):
             if self.signals:                # in training: held_out gives up
                 raise KeyboardInterrupt
-            out = (self.ema(xt, t) if y is None else self.ema(xt, t, y)) if exact else self.call(self.ema, xt, t, y)
+            out = self.call(self.ema, xt, t, y, exact)
             if self.discrete:
                 return out / temperature
             return out if self.diffusion.variance == "learned" else out[:, :self.config["shape"][0]]
@@ -258,7 +253,16 @@ class Run:
 
     def examples(self, split):
         """A split's images, or all windows of its text, as a view (N, length)."""
-        return split.unfold(0, self.config["length"], 1) if self.text else split
+        if not self.text:
+            return split
+        length = self.config["length"]
+        need(len(split) >= length, f"the text is too short for --length {length}: a tenth of it is held out")
+        return split.unfold(0, length, 1)
+
+    def labels(self, n):
+        """n labels in order, of each class as many; None for a run without labels."""
+        classes = len(self.config["classes"])
+        return torch.arange(n, device=self.device) * classes // n if classes else None
 
 
 # ---------------------------------------------------------------- one batch
@@ -326,7 +330,7 @@ class Muon(torch.optim.Optimizer):
     The averaged gradient has a few large singular values; set to 1, the rare directions learn as fast. Times
     0.2 sqrt(longer side) the step is of Adam's size and can have Adam's learning rate (Liu et al. 2025, 2502.16982).
     A convolution is the matrix (out, in height width). torch.optim.Muon takes 2 D weights alone and multiplies
-    them in bfloat16, which most CPUs lack: there this one, in float32 and all of a size at once, is ten times as fast."""
+    them in bfloat16, which most CPUs lack: there this one, in float32 and all of a size at once, is tenfold faster."""
 
     def __init__(self, weights, lr, dtype=torch.float32):
         sizes = {}
@@ -380,25 +384,29 @@ def learning_rate(step, steps, peak):
 
 # ---------------------------------------------------------------- the loop
 
+QUARTERS = [f"quarter{i}" for i in range(1, 5)]           # the losses are logged by quarter of t
+
+
 def train(given, device):
     """One run, from its start or its checkpoint to its samples."""
-    if WORLD > 1 and device.type == "cuda":
-        torch.cuda.set_device(device)
-    data, run, out = in_turn(given, device)
+    mine = min(RANK, 1 + int(os.environ.get("LOCAL_RANK", 0)), 2)
+    for turn in range(3):           # first rank 0, which may download or decode, then one process of each machine
+        if turn == mine:
+            data, run, out = prepare(given, device)
+        any_process([])                     # the others wait here
+    configs = [run.config] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(configs, run.config)
+    need(all(config == run.config for config in configs), "the processes found different data: see --data-dir")
     examples = run.examples(data.train.to(device) if data.train.nbytes < 1e9 else data.train)
     labels = data.train_labels.to(examples.device) if run.config["classes"] else None
-    network, lock = compiled(run, *batch(run, examples, labels)), open_run(run, out)
-    introduce(run, data, out)
-    numbers = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]      # Windows has no SIGHUP
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    try:
-        for number, handler in handlers.items():
-            if handler != signal.SIG_IGN or number == signal.SIGINT:               # nohup ignores SIGHUP
-                signal.signal(number, lambda number, frame: run.signals.append(number))
+    network, lock = compiled(run, *batch(run, examples, labels)), begin(run, data, out)
+    with contextlib.ExitStack() as stack:
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:   # Windows: no SIGHUP
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:               # nohup ignores it
+                before = signal.signal(number, lambda number, frame: run.signals.append(number))
+                stack.callback(signal.signal, number, before)
         loop(run, network, data, examples, labels, out)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0:
@@ -409,9 +417,37 @@ def train(given, device):
     return out
 
 
+def begin(run, data, out):
+    """The run's folder for this process alone, with config.json and an image on its way to noise, and two lines that
+    say what is trained. -> the folder's lock, which goes when the process ends"""
+    if RANK:
+        return None
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        need(False, f"another run is being written to {out}: choose another --out")
+    except OSError:                         # a file system without locks
+        pass
+    config, parameters, T = run.config, sum(p.numel() for p in run.net.parameters()), run.diffusion.T
+    write(out / "config.json", json.dumps(config, indent=1).encode())
+    say(f"{config['model']} on {data.name} ({len(data.train):,} {'characters' if run.text else 'images'}), "
+        f"{parameters / 1e6:.2f} million parameters, {run.device}{f' x {WORLD}' if WORLD > 1 else ''}, "
+        f"batch {config['batch_size']}, steps {run.step} to {config['steps']} -> {out}")
+    say(f"yardsticks: {yardsticks(run, data)}; samples and bounds use the EMA weights")
+    if not run.text:
+        torch.manual_seed(0)
+        x0 = run.states(data.test[:1].to(run.device))
+        noisy = torch.cat([run.diffusion.q_step(x0, 0, i * T // 9) for i in range(10)])
+        attempt(grid_picture(run.pictures(noisy), 10, least=400).save, out / "forward.png")
+    return lock
+
+
 def loop(run, network, data, examples, labels, out):
     """From run.step to the last step: train; now and then report, measure and save."""
-    config, steps, T = run.config, run.config["steps"], run.config["timesteps"]
+    config, steps, T, B = run.config, run.config["steps"], run.config["timesteps"], run.config["batch_size"]
     log_every, test_every = max(1, min(50, steps // 10)), max(1, min(2000, steps // 5))
     sums, since, clock = torch.zeros(2, 4, device=run.device), run.step, time.monotonic()
     while run.step < steps:
@@ -430,12 +466,17 @@ def loop(run, network, data, examples, labels, out):
             continue
         row = read(run, sums, since)        # the one place that waits for the device
         if report and RANK == 0:
-            rate = (run.step - since) * config["batch_size"] / max(time.monotonic() - clock, 1e-9)
-            row |= dict(lr=lr, rate=round(rate, 1), test_bits=held_out(run, data, out) if measure else "")
-            best = row["test_bits"] != "" and all(row["test_bits"] <= bits for _, bits in measured(run.rows))
+            rate = (run.step - since) * B / max(time.monotonic() - clock, 1e-9)
+            bits = held_out(run, data, out) if measure else ""
+            best = bits != "" and all(bits <= old["test_bits"] for old in run.rows if old["test_bits"] != "")
+            row |= dict(lr=lr, rate=round(rate, 1), test_bits=bits)
             run.rows.append(row)
-            attempt(write_log, run.rows, out / "log.csv")
-            tell(run, row, rate)
+            lines = [",".join(map(str, line)) + "\n" for line in (row, *(old.values() for old in run.rows))]
+            attempt(write, out / "log.csv", "".join(lines).encode())
+            quarters = " ".join(f"{row[name]:.3f}" if row[name] != "" else "-" for name in QUARTERS)
+            left = int((steps - run.step) * B / rate)
+            say(f"step {run.step}/{steps}  loss {row['loss']:.4f} (by t {quarters})  {rate:.0f}/s  "
+                f"{left // 60}:{left % 60:02d} left" + (f"  test {bits:.3f} {run.unit}" if bits != "" else ""))
         if report:
             sums.zero_()
             since, clock = run.step, time.monotonic()
@@ -481,7 +522,7 @@ def read(run, sums, since):
     need(math.isfinite(sum(numbers) + norm), f"the loss is not finite at step {run.step}, or since step {since + 1}: "
          "the last good checkpoint is kept; try a lower --lr")
     row = dict(step=run.step, loss=sum(numbers[:4]) / sum(numbers[4:]), lr="", rate="", test_bits="")
-    return row | {f"quarter{i + 1}": numbers[i] / numbers[i + 4] if numbers[i + 4] else "" for i in range(4)}
+    return row | {name: numbers[i] / numbers[i + 4] if numbers[i + 4] else "" for i, name in enumerate(QUARTERS)}
 
 
 @torch.no_grad()
@@ -492,13 +533,10 @@ def held_out(run, data, out):
     n, steps = (4, 64) if run.text else (16, 20)
     try:
         bits = run.diffusion.bits_per_dim(run.model(y, exact=True), x0, 100)["total"].mean().item()
-        x0, _ = draw(run, run.model(all_labels(run, n)), n, steps)
+        x0, _ = draw(run, run.model(run.labels(n)), n, steps)
     except KeyboardInterrupt:
         return ""
-    if run.text:
-        attempt(write_texts, run, x0, out)
-    else:
-        attempt(save_grid, run.pictures(x0), out / "samples.png")
+    attempt(save_samples, run, x0, out)
     return bits
 
 
@@ -509,34 +547,6 @@ def test_examples(run, data, n):
         examples = examples[torch.arange(n) * (len(examples) - 1) // max(1, n - 1)]
     labels = data.test_labels[:n].to(run.device) if run.config["classes"] else None
     return run.states(examples[:n].to(run.device)), labels
-
-
-def measured(rows):
-    """The steps of the log's rows at which the held-out bits were measured, and these."""
-    return [(row["step"], row["test_bits"]) for row in rows if row["test_bits"] != ""]
-
-
-def introduce(run, data, out):
-    """What is trained, in two lines, and an image on its way to noise."""
-    config, parameters, T = run.config, sum(p.numel() for p in run.net.parameters()), run.diffusion.T
-    say(f"{config['model']} on {data.name} ({len(data.train):,} {'characters' if run.text else 'images'}), "
-        f"{parameters / 1e6:.2f} million parameters, {run.device}{f' x {WORLD}' if WORLD > 1 else ''}, "
-        f"batch {config['batch_size']}, steps {run.step} to {config['steps']} -> {out}")
-    say(f"yardsticks: {yardsticks(run, data)}; samples and bounds use the EMA weights")
-    if RANK == 0 and not run.text:
-        torch.manual_seed(0)
-        x0 = run.states(data.test[:1].to(run.device))
-        noisy = torch.cat([run.diffusion.q_step(x0, 0, i * T // 9) for i in range(10)])
-        attempt(save_grid, run.pictures(noisy).cpu(), out / "forward.png", 10)
-
-
-def tell(run, row, rate):
-    """One line about a row of the log."""
-    left = int((run.config["steps"] - run.step) * run.config["batch_size"] / rate)
-    quarters = " ".join(f"{row[f'quarter{i}']:.3f}" if row[f"quarter{i}"] != "" else "-" for i in range(1, 5))
-    bits = f"  test {row['test_bits']:.3f} {run.unit}" if row["test_bits"] != "" else ""
-    say(f"step {run.step}/{run.config['steps']}  loss {row['loss']:.4f} (by t {quarters})  {rate:.0f}/s  "
-        f"{left // 60}:{left % 60:02d} left{bits}")
 
 
 def compiled(run, x0, t, noise, y):
@@ -553,8 +563,6 @@ def compiled(run, x0, t, noise, y):
         run.call(fast, noise[part], t[part], None if y is None else y[part]).float().mean().backward()
         return fast
     except Exception as error:
-        if "out of memory" in str(error):
-            raise MemoryError(first_line(error)) from None
         say(f"going on uncompiled: {first_line(error)[:100]}")
         return network
 
@@ -567,21 +575,7 @@ def any_process(signals):
     return bool(count)
 
 
-def in_turn(given, device):
-    """prepare(), first in rank 0, which may download or decode, then in one process of each machine, then the rest."""
-    mine = min(RANK, 1 + int(os.environ.get("LOCAL_RANK", 0)), 2)
-    for turn in range(3 if WORLD > 1 else 1):
-        if turn == mine:
-            prepared = prepare(given, device)
-        any_process([])                     # the others wait here
-    configs = [prepared[1].config] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(configs, prepared[1].config)
-    need(all(config == configs[0] for config in configs), "the processes found different data: see --data-dir")
-    return prepared
-
-
-# ---------------------------------------------------------------- sampling
+# ---------------------------------------------------------------- sampling and evaluation
 
 @torch.no_grad()
 def draw(run, model, n, steps, **how):
@@ -593,17 +587,13 @@ def draw(run, model, n, steps, **how):
     return film[-1][1], film
 
 
-def all_labels(run, n):
-    """n labels in order, of each class as many; None for a run without labels."""
-    classes = len(run.config["classes"])
-    return torch.arange(n, device=run.device) * classes // n if classes else None
-
-
-def chunks(run, n):
-    """0..n-1 in slices that are sampled or measured at a time."""
+def chunks(run, n, what):
+    """0..n-1 in slices that are sampled or measured at a time, with a line for each tenth."""
     numbers = math.prod(run.config["shape"]) * (run.diffusion.K if run.discrete else 1)
     size = min(64 if run.device.type == "cpu" else 512, max(1, 2 ** 26 // numbers))
-    return [slice(first, min(first + size, n)) for first in range(0, n, size)]
+    for first in range(0, n, size):
+        yield slice(first, min(first + size, n))
+        progress(what, first, min(first + size, n), n)
 
 
 def sample(run, out, n, given):
@@ -612,45 +602,15 @@ def sample(run, out, n, given):
     steps = given.get("sample_steps", run.config["timesteps"] if run.text else 50)
     how = {"eta": given["eta"]} if "eta" in given else {}
     how |= {"known": encode_prompt(run, given["prompt"])} if "prompt" in given else {}
-    y, samples, film = all_labels(run, n), [], []
+    y, samples, film = run.labels(n), [], []
     if "label" in given:
         y = torch.full_like(y, given["label"])
-    for part in chunks(run, n):
+    for part in chunks(run, n, "sampled"):
         model = run.model(None if y is None else y[part], given.get("guidance", 0), given.get("temperature", 1))
         x0, frames = draw(run, model, part.stop - part.start, steps, **how)
         samples.append(x0)
         film = film or frames
-        progress("sampled", part.start, part.stop, n)
-    if run.text:
-        write_texts(run, torch.cat(samples), out, film)
-    else:
-        write_images(run, torch.cat(samples), out, film, y, "label" in given)
-
-
-def write_texts(run, x0, out, film=()):
-    """samples.txt, samples.gif and a few lines on the screen."""
-    texts = [f"--- {i + 1}\n{text}\n" for i, text in enumerate(run.texts(x0))]
-    write(out / "samples.txt", "\n".join(texts).encode())
-    if film:
-        save_gif(out / "samples.gif", [text_picture(run.texts(xs[:4])) for _, xs in film])
-    for s, xs in dict([*film[::max(1, len(film) // 6)], *film[-1:]]).items():
-        say(f"t = {s:4d}  {run.texts(xs[:1])[0][:70]!r}")
-
-
-def write_images(run, x0, out, film, y, one_class):
-    """samples.npy (and labels.npy), samples.gif and samples.png, which has a row for each class."""
-    images, shown, columns = run.pictures(x0), torch.arange(min(64, len(x0))), None
-    for name, array in dict(samples=images.permute(0, 2, 3, 1), labels=y).items():
-        buffer = io.BytesIO()
-        if array is not None:
-            np.save(buffer, array.cpu().numpy())
-            write(out / f"{name}.npy", buffer.getbuffer())
-    save_gif(out / "samples.gif", [grid_picture(run.pictures(xs[:36])) for _, xs in film])
-    if y is not None and not one_class:
-        rows = [(y.cpu() == label).nonzero()[:8, 0] for label in y.unique().tolist()]
-        columns = min(len(row) for row in rows)
-        shown = torch.cat([row[:columns] for row in rows])
-    save_grid(images[shown], out / "samples.png", columns)
+    save_samples(run, torch.cat(samples), out, film, y)
 
 
 def encode_prompt(run, prompt):
@@ -663,87 +623,92 @@ def encode_prompt(run, prompt):
     return torch.tensor([chars.find(c) for c in prompt] + [-1] * (length - len(prompt)))
 
 
-# ---------------------------------------------------------------- evaluation
+def save_samples(run, x0, out, film=(), y=None):
+    """samples.txt or samples.png, a row for each class of y; with a film samples.gif, samples.npy and labels.npy."""
+    if run.text:
+        texts = [f"--- {i + 1}\n{text}\n" for i, text in enumerate(run.texts(x0))]
+        write(out / "samples.txt", "\n".join(texts).encode())
+        for s, xs in dict([*film[::max(1, len(film) // 6)], *film[-1:]]).items():
+            say(f"t = {s:4d}  {run.texts(xs[:1])[0][:70]!r}")
+        frames = [text_picture(run.texts(xs[:4])) for _, xs in film]
+    else:
+        images, shown, columns = run.pictures(x0), torch.arange(min(64, len(x0))), None
+        classes = [] if y is None else y.unique().tolist()
+        if len(classes) > 1:
+            rows = [(y.cpu() == label).nonzero()[:8, 0] for label in classes]
+            columns = min(len(row) for row in rows)
+            shown = torch.cat([row[:columns] for row in rows])
+        grid_picture(images[shown], columns, least=400).save(out / "samples.png")
+        for name, array in dict(samples=images.permute(0, 2, 3, 1), labels=y).items():
+            if film and array is not None:
+                np.save(out / f"{name}.npy", array.cpu().numpy())
+        frames = [grid_picture(run.pictures(xs[:36])) for _, xs in film]
+    if film:                                # it rests on the last
+        frames = [frame.quantize(16) for frame in frames]
+        frames[0].save(out / "samples.gif", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[100] * (len(frames) - 1) + [3000])
+
+
+def grid_picture(images, columns=None, least=0):
+    """uint8 (N, C, H, W) as one picture, square-ish if the columns are not given, doubled if narrower than `least`."""
+    columns = columns or math.ceil(len(images) ** 0.5)
+    grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    return ImageOps.scale(picture, 2 if picture.width < least else 1, Image.Resampling.NEAREST)
+
+
+def text_picture(texts, columns=64):
+    """Strings as a picture of typed text, each wrapped at so many columns."""
+    lines = [text.replace("\n", " ")[i:i + columns] for text in texts for i in range(0, len(text) + columns, columns)]
+    font = ImageFont.truetype(str(FONTS / "DejaVuSansMono.ttf"), 14)
+    picture = Image.new("L", (int(columns * font.getlength("x")) + 16, 19 * len(lines)), 255)
+    ImageDraw.Draw(picture).multiline_text((8, 8), "\n".join(lines), font=font, fill=0, spacing=6)
+    return picture
+
 
 @torch.no_grad()
-def bounds(run, x0, y, grid):
-    """bits_per_dim of the examples x0 given y, in chunks: the mean over them, and the totals (B,), float64."""
-    parts = []
-    for part in chunks(run, len(x0)):
-        model = run.model(None if y is None else y[part], exact=True)
-        parts.append(run.diffusion.bits_per_dim(model, x0[part], grid))
-        progress("bounds", part.start, part.stop, len(x0))
-    parts = {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}
-    return {key: part.mean(0) for key, part in parts.items()}, parts["total"]
-
-
 def evaluate(run, out, data, n, given):
-    """The bound on n test examples, term by term: a table, eval.json, terms.png and lossy.png."""
+    """The bound on n test examples, given their labels and without: a table, and term by term in eval.json."""
     torch.manual_seed(given.get("seed", run.config["seed"]))
     x0, y = test_examples(run, data, n)
-    grid = run.diffusion.timesteps(given.get("sample_steps", 100))
-    mean, totals = bounds(run, x0, y, grid)
-    terms, error = mean["terms"], mean["x0_error" if run.discrete else "x0_mse"]
-    spread = f" +- {totals.std() / len(totals) ** 0.5:.4f}" if len(totals) > 1 else ""
+    grid, guidance = run.diffusion.timesteps(given.get("sample_steps", 100)), given.get("guidance", 0)
+
+    def bounds(y):
+        """bits_per_dim of x0 given y, in chunks: each entry (B, ...), float64."""
+        parts = []
+        for part in chunks(run, len(x0), "bounds"):
+            model = run.model(None if y is None else y[part], guidance, exact=True)
+            parts.append(run.diffusion.bits_per_dim(model, x0[part], grid))
+        return {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}
+
+    result = bounds(y)
+    total, prior, terms, error = (part.mean(0) for part in result.values())
+    spread = f" +- {result['total'].std() / len(x0) ** 0.5:.4f}" if len(x0) > 1 else ""
+    told = "" if y is None else f", given their labels{f' with guidance {guidance:g}' if guidance else ''}"
     quarters = " ".join(f"{quarter.sum():.4f}" if len(quarter) else "-" for quarter in terms[1:].tensor_split(4))
-    say(f"{run.config['model']} on {data.name}: {mean['total']:.4f} {run.unit}{spread} on {len(totals)} test examples, "
-        f"{len(grid)} steps{'' if y is None else ', given their labels'}\n  L_T {mean['prior']:.4f}\n"
+    say(f"{run.config['model']} on {data.name}: {total:.4f} {run.unit}{spread} on {len(x0)} test examples, "
+        f"{len(grid)} steps{told}\n  L_T {prior:.4f}\n"
         f"  L_t {terms[1:].sum():.4f} in {len(grid) - 1} terms, by quarter of t: {quarters}\n  L_0 {terms[0]:.4f}\n"
         f"  yardsticks: {yardsticks(run, data)}")
-    record = dict(total=mean["total"].item(), prior=mean["prior"].item(), steps=grid, terms=terms.tolist(),
-                  x0_mse_or_error=error.tolist(), examples=len(totals), unit=run.unit)
+    record = dict(total=total.item(), prior=prior.item(), steps=grid, terms=terms.tolist(),
+                  x0_mse_or_error=error.tolist(), examples=len(x0), unit=run.unit)
     if y is not None:
-        record["total_without_labels"] = bounds(run, x0, None, grid)[0]["total"].item()
+        record |= dict(guidance=guidance, total_without_labels=bounds(None)["total"].mean().item())
         say(f"  without labels {record['total_without_labels']:.4f} {run.unit}")
     write(out / "eval.json", json.dumps(record).encode())
-    terms_figure(run, mean["prior"], terms, error, grid, out / "terms.png")
-    if not run.text:
-        lossy_picture(run, x0[:8], None if y is None else y[:8], grid, out / "lossy.png")
-
-
-def terms_figure(run, prior, terms, error, grid, path):
-    """The bound's terms, their cumulative share, and progressive lossy compression."""
-    figure = Figure(figsize=(13, 3.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    left.loglog(grid, (terms / torch.tensor([0, *grid]).diff()).clamp(min=1e-9), ".-", markersize=3)
-    left.set(xlabel="t", ylabel=f"{run.unit} for a unit of t", title="the bound's terms: L_0 first")
-    middle.semilogx(grid, 100 * terms.cumsum(0) / (terms.sum() + prior), ".-", markersize=3)
-    middle.set(xlabel="t", ylabel="% of the bound", ylim=(0, 103), title="share of the steps up to t")
-    # Sent from T downwards, x_s costs L_T and the terms above it; from x_s the receiver guesses x0_hat.
-    rate = prior + terms.flip(0).cumsum(0) - terms.flip(0)
-    right.plot(rate, 100 * error.flip(0) if run.discrete else error.flip(0).sqrt() * 127.5, ".-", markersize=3)
-    right.set(xlabel=f"rate, {run.unit}", title="progressive lossy compression",
-              ylabel="places guessed wrong, %" if run.discrete else "root mean square error, of 255")
-    figure.savefig(path, dpi=110)
-
-
-@torch.no_grad()
-def lossy_picture(run, x0, y, grid, path):
-    """What a receiver who has x_t guesses, for test images (rows) and falling t (columns); last the image."""
-    columns, times = [], [grid[i] for i in torch.linspace(len(grid) - 1, 0, 9).long().tolist()]
-    for t in times:
-        guess = run.diffusion.p_sample(run.model(y), run.diffusion.q_sample(x0, t), t)[1]  # x0_hat, or log p(x_0|x_t)
-        columns.append(run.pictures(guess.argmax(-1) if run.discrete else guess))
-    rows = grid_picture(torch.stack([*columns, run.pictures(x0)], dim=1).flatten(0, 1).cpu(), 10)
-    rows = rows.resize((2 * rows.width, 2 * rows.height), Image.Resampling.NEAREST)
-    picture = ImageOps.expand(rows, (0, 20, 0, 0), fill="white")
-    for i, title in enumerate([f"t={t}" for t in times] + ["data"]):
-        ImageDraw.Draw(picture).text((i * picture.width // 10 + 6, 4), title, fill="black")
-    picture.save(path)
+    say(f"  written: {out / 'eval.json'}; python assets/figures.py {out} draws it")
 
 
 def loss_figure(run, path):
     """The loss by quarter of t, and the held-out bound."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in ("quarter1", "quarter2", "quarter3", "quarter4", "loss"):
+    for name in (*QUARTERS, "loss", "test_bits"):
+        axis, style = (right, "o-") if name == "test_bits" else (left, "k" if name == "loss" else "")
         rows = [row for row in run.rows if row[name] != ""]
-        steps, values = [row["step"] for row in rows], [row[name] for row in rows]
-        left.semilogy(steps, values, "k" if name == "loss" else "", label=name)
-    left.set(xlabel="step", title="training loss, by quarter of t")
+        axis.plot([row["step"] for row in rows], [row[name] for row in rows], style, label=name)
+    left.set(xlabel="step", title="training loss, by quarter of t", yscale="log")
     left.legend(fontsize=7)
-    points = measured(run.rows)
-    right.plot([step for step, _ in points], [bits for _, bits in points], "o-")
     right.set(xlabel="step", title=f"{run.unit} of 32 test examples, EMA weights")
     figure.savefig(path, dpi=110)
 
@@ -808,29 +773,25 @@ def load_torchvision(data, data_dir):
 
 
 def load_glyphs(data):
-    """Grey 28 x 28 letters and digits: matplotlib's fonts under small random distortions."""
+    """Grey 28 x 28 letters and digits: matplotlib's fonts, turned, scaled, sheared and moved a little at random."""
     data.classes, cells = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"), []
     for file in sorted(FONTS.glob("DejaVuSans*.ttf")) + sorted(FONTS.glob("DejaVuSerif*.ttf")):
         for c in data.classes if "Display" not in file.name else []:
             cell = Image.new("L", (56, 56))
             ImageDraw.Draw(cell).text((28, 28), c, font=ImageFont.truetype(str(file), 40), fill=255, anchor="mm")
             cells.append(torch.from_numpy(np.array(cell)))
-    cells = torch.stack(cells)
-    data.train, data.train_labels = distorted(cells, 20000, len(data.classes), seed=1)
-    data.test, data.test_labels = distorted(cells, 2000, len(data.classes), seed=2)
-
-
-def distorted(cells, n, classes, seed):
-    """n of the cells (N, 56, 56), turned, scaled, sheared and moved at random: uint8 (n, 1, 28, 28), and labels."""
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(len(cells), (n,), generator=generator)
-    noise = 2 * torch.rand(n, 6, generator=generator) - 1
-    angle, scale, shear = 0.15 * noise[:, 0], 1 + 0.15 * noise[:, 1], 0.15 * noise[:, 2]
-    turn = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], 1).reshape(n, 2, 2)
-    theta = torch.cat([turn * scale[:, None, None], 0.1 * noise[:, 3:5, None]], dim=2)
-    grid = nn.functional.affine_grid(theta, (n, 1, 56, 56), align_corners=False)
-    large = nn.functional.grid_sample(cells[index, None].float(), grid, align_corners=False)
-    return nn.functional.avg_pool2d(large, 2).round().to(torch.uint8), index % classes
+    splits = []
+    for n, seed in ((20000, 1), (2000, 2)):
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.randint(len(cells), (n,), generator=generator)
+        noise = 2 * torch.rand(n, 6, generator=generator) - 1
+        angle, scale, shear = 0.15 * noise[:, 0], 1 + 0.15 * noise[:, 1], 0.15 * noise[:, 2]
+        turn = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], 1).reshape(n, 2, 2)
+        theta = torch.cat([turn * scale[:, None, None], 0.1 * noise[:, 3:5, None]], dim=2)
+        grid = nn.functional.affine_grid(theta, (n, 1, 56, 56), align_corners=False)
+        large = nn.functional.grid_sample(torch.stack(cells)[index, None].float(), grid, align_corners=False)
+        splits.append((nn.functional.avg_pool2d(large, 2).round().to(torch.uint8), index % len(data.classes)))
+    (data.train, data.train_labels), (data.test, data.test_labels) = splits
 
 
 def load_text(data):
@@ -841,22 +802,18 @@ def load_text(data):
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
-            need(False, f"{path} is not UTF-8 text")
-    need("\0" not in text, f"{path} is not text")
+            text = "\0"
+    need("\0" not in text, f"{path} is not UTF-8 text")
     need(len(text) >= 1000, f"{path} is too short to learn from ({len(text)} characters)")
     data.chars = "".join(sorted(set(text)))
-    codes = np.frombuffer(data.chars.encode("utf-32-le"), np.uint32)
-    kind = np.uint8 if len(codes) <= 256 else np.int16 if len(codes) < 2 ** 15 else np.int32
-    number = np.zeros(codes[-1] + 1, kind)
-    number[codes] = np.arange(len(codes))
-    numbers = [number[np.frombuffer(text[i:i + 2 ** 20].encode("utf-32-le"), np.uint32)]         # in pieces: 4 bytes each
-               for i in range(0, len(text), 2 ** 20)]
-    tests = len(text) // 10
-    data.train, data.test = torch.from_numpy(np.concatenate(numbers)).split([len(text) - tests, tests])
+    number = {c: i for i, c in enumerate(data.chars)}
+    kind = np.uint8 if len(number) <= 256 else np.int16 if len(number) < 2 ** 15 else np.int32
+    numbers, tests = np.fromiter(map(number.get, text), kind, len(text)), len(text) // 10
+    data.train, data.test = torch.from_numpy(numbers).split([len(text) - tests, tests])
 
 
 def load_folder(data, data_dir, size):
-    """All images below a folder, decoded once into a file that is mapped; the sub-folders are their classes."""
+    """All images below a folder in a random order, decoded once into a file; the sub-folders are their classes."""
     folder = pathlib.Path(data.name).resolve()
     data.folder, data.name, data.source, files = True, folder.name, str(folder), image_files(folder)
     stats = [(file, os.stat(folder / file)) for file in files]
@@ -864,7 +821,25 @@ def load_folder(data, data_dir, size):
     cache = data_dir / f"{folder.name}-{size}-{key:08x}.pixels"
     if not cache.with_suffix(".json").exists():
         data_dir.mkdir(parents=True, exist_ok=True)
-        decode(folder, files, size, cache)
+        files = [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))]
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(16, cpus) if len(files) > 1000 else 0                         # to start them takes a while
+        images = torch.utils.data.DataLoader([str(folder / file) for file in files], batch_size=None,
+                                             num_workers=workers, collate_fn=functools.partial(square, size=size))
+        pixels, labels, left_out = np.empty((len(files), 3, size, size), np.uint8), [], []
+        for i, (file, image) in enumerate(zip(files, images)):
+            name = os.fsencode(file).decode(errors="backslashreplace")
+            if image is None:
+                left_out.append(name)
+            else:
+                pixels[len(labels)] = image
+                labels.append(name.split(os.sep)[0] if os.sep in name else "")
+            progress("decoding", i, i + 1, len(files))
+        pixels = pixels[:len(labels)]
+        found = dict(labels=labels, left_out=left_out, grey=bool((pixels == pixels[:, :1]).all()),
+                     fingerprint=f"{len(labels)}-{zlib.crc32(pixels):08x}")
+        write(cache, pixels)
+        write(cache.with_suffix(".json"), json.dumps(found).encode())
     found = json.loads(cache.with_suffix(".json").read_text())
     labels, left_out, n = found["labels"], found["left_out"], len(found["labels"])
     if left_out:
@@ -888,54 +863,23 @@ def image_files(folder):
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [os.path.join(place, name) for name in names if not name.startswith(".")]
-        files += [os.path.relpath(path, folder) for path in paths
-                  if os.path.splitext(path)[1].lower() in kinds and os.path.isfile(path)]
+        paths = [pathlib.Path(place, name) for name in names if not name.startswith(".")]
+        files += [os.path.relpath(path, folder) for path in paths if path.suffix.lower() in kinds and path.is_file()]
     return sorted(files)
 
 
-def decode(folder, files, size, cache):
-    """Decode the files in a random order into `cache`, and write into a .json beside it what they are."""
-    files = [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))]
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(16, cpus) if len(files) > 1000 else 0                             # to start them takes a while
-    loader = torch.utils.data.DataLoader([os.path.join(folder, file) for file in files], 64, num_workers=workers,
-                                         collate_fn=functools.partial(squares, size=size))
-    partial, labels, left_out, crc, grey, done = cache.with_suffix(f".{os.getpid()}.tmp"), [], [], 0, True, 0
+def square(file, size):
+    """An image, upright, centre-cropped and scaled: uint8 (3, size, size), or None where it can't be read."""
+    Image.MAX_IMAGE_PIXELS = None
     try:
-        with open(partial, "wb") as out:    # not through a memory map: on a full disk that is a bus error
-            for images in loader:
-                for file, image in zip(files[done:done + 64], images):
-                    name = os.fsencode(file).decode(errors="backslashreplace")
-                    if image is None:
-                        left_out.append(name)
-                        continue
-                    out.write(image.tobytes())
-                    labels.append(name.split(os.sep)[0] if os.sep in name else "")
-                    crc, grey = zlib.crc32(image.tobytes(), crc), grey and (image == image[:1]).all()
-                progress("decoding", done, done + len(images), len(files))
-                done += len(images)
-        os.replace(partial, cache)
-    finally:
-        partial.unlink(missing_ok=True)
-    found = dict(labels=labels, left_out=left_out, grey=bool(grey), fingerprint=f"{len(labels)}-{crc:08x}")
-    write(cache.with_suffix(".json"), json.dumps(found).encode())
-
-
-def squares(files, size):
-    """Images, upright, centre-cropped and scaled: uint8 (3, size, size), or None where a file can't be read."""
-    Image.MAX_IMAGE_PIXELS, images = None, []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                image = ImageOps.exif_transpose(image)           # cameras store how they were held
-                if image.mode[0] in "IF":   # 16 bits and more, or floats, which convert would cut at 255
-                    image = Image.fromarray(to_8_bits(np.asarray(image, np.float32), image.mode == "F"))
-                image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-            images.append(np.array(image).transpose(2, 0, 1))
-        except Exception:
-            images.append(None)
-    return images
+        with Image.open(file) as image:
+            image = ImageOps.exif_transpose(image)               # cameras store how they were held
+            if image.mode[0] in "IF":       # 16 bits and more, or floats, which convert would cut at 255
+                image = Image.fromarray(to_8_bits(np.asarray(image, np.float32), image.mode == "F"))
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        return np.array(image).transpose(2, 0, 1)
+    except Exception:
+        return None
 
 
 def to_8_bits(values, floats):
@@ -960,30 +904,25 @@ def find_folder(given):
 
 def prepare(given, device):
     """The data, the run (with --resume that of the checkpoint, if there is one) and its folder."""
-    out, data_dir = find_folder(given), given.get("data_dir", "data")
+    out = find_folder(given)
     if "resume" in given and (out / "checkpoint.pt").exists():
         run = load(out / "checkpoint.pt", device)
         old = run.config
-        data = load_data(given.get("data", old["data"]), data_dir, old.get("size", 32))
         differ = [f"{name.replace('_', '-')} {old.get(name)} there, {given[name]} here" for name in FIXED
                   if name in given and given[name] != old.get(name)]
         need(not differ, f"{out} was trained with other settings ({'; '.join(differ)}): leave them out, or name "
              "another --out")
-        need(data.fingerprint == old["fingerprint"],
-             f"the data of the run in {out} has changed since it began: bring it back, or choose another --out")
+        data = find_data(run, given, out)
         old |= dict(data=data.source) | {name: given[name] for name in FREE if name in given}
         need(run.step < old["steps"], f"the run in {out} has done its {run.step} steps: --steps N trains longer")
     else:
-        data = load_data(given.get("data"), data_dir, given.get("size", 32))
+        data = load_data(given.get("data"), given.get("data_dir", "data"), given.get("size", 32))
         config = complete(given, data, device)
         out = pathlib.Path(given.get("out", f"runs/{config['model']}-{data.name}"))
         need(not (out / "checkpoint.pt").exists(), f"{out} already holds a run: --resume it, or name another --out")
-        length = config.get("length", 1)
-        need(len(data.test) >= length, f"{data.name} is too short for --length {length}: a tenth of it is held out")
         try:
             run = Run(config, device)
-            x0 = run.states(run.examples(data.test)[:1].to(device))
-            run.diffusion.loss_simple(run.net, x0)
+            run.diffusion.loss_simple(run.net, test_examples(run, data, 1)[0])
         except ValueError as error:
             need(False, f"{error}; see --size, --width, --levels and --length")
     B, parts = run.config["batch_size"], WORLD * run.config["accumulate"]
@@ -991,29 +930,41 @@ def prepare(given, device):
     return data, run, out
 
 
+def find_data(run, given, out):
+    """The data of a run, unchanged; or, to measure it on, other data of its kind."""
+    config = run.config
+    data = load_data(given.get("data", config["data"]), given.get("data_dir", "data"), config.get("size", 32))
+    if (data.fingerprint, data.chars) == (config["fingerprint"], config["chars"]):
+        return data
+    need("eval" in given and data.source != config["data"],
+         f"the data of the run in {out} has changed since it began: bring it back, or choose another --out")
+    need(bool(data.chars) == run.text and (run.text or list(data.train.shape[1:]) == config["shape"]),
+         f"{data.name} does not fit the run in {out}, which is of {config['data']}")
+    say(f"{data.name} is not the data that the run was trained on, but may hold some of it")
+    if run.text:
+        unknown = sorted(set(data.chars) - set(config["chars"]))
+        need(not unknown, f"{data.name} has characters that the run in {out} does not know: {unknown}")
+        data.test = torch.tensor([config["chars"].index(c) for c in data.chars])[data.test.long()]
+    if data.classes != config["classes"]:
+        data.test_labels = torch.full((len(data.test),), -1)
+    return data
+
+
 def load(path, device):
     """The run in a checkpoint; one line where there is none or it can't be read."""
     need(path.exists(), f"no checkpoint in {path.parent}: train first, or name the run with --out")
-    previous = path.with_suffix(".previous.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:
-        need(False, f"{path} is damaged or not a checkpoint of train.py"
-             + (f"; the one before is {previous}: copy it there" if previous.exists() else ""))
-    whole = isinstance(state, dict) and {"model", "ema", "step", "config"} <= state.keys()
-    need(whole, f"{path} is not a checkpoint of train.py")
-    need("rows" in state, f"{path} was written by an earlier version of train.py: train anew")
-    try:
         run = Run(state["config"], device)
         run.net.load_state_dict(state["model"])
         run.ema.load_state_dict(state["ema"])
         for optimizer, moments in zip(run.optimizers, state["optimizer"], strict=True):
             optimizer.load_state_dict(moments)
-    except (RuntimeError, KeyError, ValueError) as error:
-        need(False, f"{path} is of another version of train.py, with another network ({first_line(error)})")
-    run.step, run.rows = state["step"], state["rows"]
+        run.step, run.rows = state["step"], state["rows"]
+    except Exception as error:
+        previous = path.with_suffix(".previous.pt")
+        need(False, f"{path} is damaged, or not a checkpoint of train.py, or of another version, as an earlier version "
+             f"({first_line(error)})" + (f"; the one before is {previous}" if previous.exists() else ""))
     return run
 
 
@@ -1021,7 +972,7 @@ def load_run(given, device):
     """The run to use, and its folder. Its weights are the last ones, unless older ones had a better held-out bound."""
     out = find_folder(given)
     path, run = out / "checkpoint.pt", load(out / "checkpoint.pt", device)
-    bits = [bits for _, bits in measured(run.rows)]
+    bits = [row["test_bits"] for row in run.rows if row["test_bits"] != ""]
     if bits and min(bits) < bits[-1] and (out / "best.pt").exists():
         path, run = out / "best.pt", load(out / "best.pt", device)
     say(f"EMA weights of step {run.step}, from {path}")
@@ -1040,62 +991,17 @@ def load_run(given, device):
     return run, out
 
 
-def test_data(run, given, out):
-    """The data to measure a run on: its own, unchanged, or other data of its kind."""
-    config = run.config
-    data = load_data(given.get("data", config["data"]), given.get("data_dir", "data"), config.get("size", 32))
-    need(bool(data.chars) == run.text and (run.text or list(data.train.shape[1:]) == config["shape"]),
-         f"{data.name} does not fit the run in {out}, which is of {config['data']}")
-    if data.fingerprint != config["fingerprint"]:
-        need(data.source != config["data"],
-             f"the data of the run in {out} has changed since it began, and its test split with it: bring it back")
-        say(f"{data.name} is not the data that the run was trained on, but may hold some of it")
-    if run.text:
-        unknown = sorted(set(data.chars) - set(config["chars"]))
-        need(not unknown, f"{data.name} has characters that the run in {out} does not know: {unknown}")
-        need(len(data.test) >= config["length"], f"{data.name} is too short for windows of {config['length']} characters")
-        data.test = torch.tensor([config["chars"].index(c) for c in data.chars])[data.test.long()]
-    if config["classes"] and data.classes != config["classes"]:
-        data.test_labels = torch.full((len(data.test),), -1)
-    return data
-
-
-def open_run(run, out):
-    """The folder of a run, with its config.json, for this process alone: the lock goes when the process ends."""
-    if RANK:
-        return None
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "w")
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        need(False, f"another run is being written to {out}: choose another --out")
-    except OSError:                         # a file system without locks
-        pass
-    write(out / "config.json", json.dumps(run.config, indent=1).encode())
-    return lock
-
-
 def save_checkpoint(run, out, best):
     """checkpoint.pt, the one before as checkpoint.previous.pt, and the best so far as best.pt."""
-    buffer = io.BytesIO()
+    buffer, path = io.BytesIO(), out / "checkpoint.pt"
     torch.save(dict(model=run.net.state_dict(), ema=run.ema.state_dict(), step=run.step, config=run.config,
                     rows=run.rows, optimizer=[optimizer.state_dict() for optimizer in run.optimizers]), buffer)
-    if (out / "checkpoint.pt").exists():
-        link(out / "checkpoint.pt", out / "checkpoint.previous.pt")
-    write(out / "checkpoint.pt", buffer.getbuffer())
+    previous = path.read_bytes() if path.exists() else None
+    write(path, buffer.getbuffer())
+    if previous:
+        attempt(write, out / "checkpoint.previous.pt", previous)
     if best:
-        link(out / "checkpoint.pt", out / "best.pt")
-
-
-def link(path, name):
-    """A second name for a file, which costs no second write; a copy where the file system has no links."""
-    name.unlink(missing_ok=True)
-    try:
-        os.link(path, name)
-    except OSError:
-        shutil.copyfile(path, name)
+        attempt(write, out / "best.pt", buffer.getbuffer())
 
 
 def write(path, content):
@@ -1121,42 +1027,6 @@ def attempt(save, *arguments):
     except OSError as error:
         say(f"warning: {error.filename or save.__name__}: {error.strerror or error}; going on")
         return False
-
-
-def write_log(rows, path):
-    """log.csv anew, whole: it is for reading, and a resumed run has the rows from its checkpoint."""
-    lines = [",".join(map(str, line)) + "\n" for line in (rows[0], *(row.values() for row in rows))]
-    write(path, "".join(lines).encode())
-
-
-def grid_picture(images, columns=None):
-    """uint8 (N, C, H, W) as one picture, square-ish if the columns are not given."""
-    grid = torchvision.utils.make_grid(images, nrow=columns or math.ceil(len(images) ** 0.5), padding=2, pad_value=255)
-    return Image.fromarray(grid.permute(1, 2, 0).numpy())
-
-
-def save_grid(images, path, columns=None):
-    """grid_picture as a PNG, twice as large as life where that is small."""
-    picture = grid_picture(images.cpu(), columns)
-    scale = 2 if picture.width < 400 else 1
-    picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST).save(path)
-
-
-def save_gif(path, frames):
-    """Pictures as a GIF that rests on the last."""
-    frames = [frame.quantize(16) for frame in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[100] * (len(frames) - 1) + [3000], loop=0)
-
-
-def text_picture(texts, columns=64):
-    """Strings as a picture of typed text, each wrapped at so many columns."""
-    rows = [line for text in texts for part in [text.replace("\n", " ")]
-            for line in [part[i:i + columns] for i in range(0, len(part), columns)] + [""]]
-    font = ImageFont.truetype(str(FONTS / "DejaVuSansMono.ttf"), 14)
-    picture = Image.new("L", (int(columns * font.getlength("x")) + 16, 19 * len(rows)), 255)
-    for i, row in enumerate(rows):
-        ImageDraw.Draw(picture).text((8, 19 * i + 8), row, font=font, fill=0)
-    return picture
 
 
 # ---------------------------------------------------------------- what was asked for
@@ -1190,7 +1060,10 @@ def command(given, store):
     """Train, sample or evaluate."""
     device = find_device(given.get("device"))
     if not {"sample", "eval"} & given.keys():
-        if WORLD > 1:       # gloo is for what the processes agree on between steps, on the CPU: no GPU is waited for
+        if WORLD > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            # gloo is for what the processes agree on between steps, on the CPU: no GPU is waited for
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK,
                                     world_size=WORLD, timeout=datetime.timedelta(days=1))
         out = train(given, device)
@@ -1200,27 +1073,13 @@ def command(given, store):
         if "sample" in given:
             sample(run, out, given["sample"], given)
         if "eval" in given:
-            evaluate(run, out, test_data(run, given, out), given["eval"], given)
+            evaluate(run, out, find_data(run, given, out), given["eval"], given)
     say(f"in {out}: {', '.join(sorted(file.name for file in out.glob('[!.]*')))}")
-
-
-def explain(error):
-    """A foreseeable fault as one line, or None."""
-    line = first_line(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else line
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-        return f"out of memory: try a smaller --batch-size, or --accumulate 2 for the same batch ({line[:100]})"
-    if WORLD > 1 and isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError)):
-        return f"another process has ended ({line[:100]})"
-    return None
 
 
 def main(argv=None):
     """Do what the command line says; every foreseeable fault ends in one line, which one process says."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))      # closed by >&-
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))    # closed by >&-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                      # what the terminal can't show is written out
             stream.reconfigure(errors="backslashreplace")
@@ -1232,11 +1091,17 @@ def main(argv=None):
         try:
             command(options(argv), store)
         except (Exception, KeyboardInterrupt) as error:
-            if explain(error) is None:
-                raise
-            need(False, explain(error))
+            line, path, text = first_line(error), getattr(error, "filename", None), str(error)
+            memory = isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+            gone = isinstance(error, RuntimeError) and ("gloo" in text or isinstance(error, dist.DistError))
+            need(not isinstance(error, KeyboardInterrupt), "interrupted")
+            need(not isinstance(error, OSError), f"{path}: {error.strerror}" if path else line)
+            need(not memory,
+                 f"out of memory: try a smaller --batch-size, or --accumulate 2 for the same batch ({line[:100]})")
+            need(WORLD == 1 or not gone, f"another process has ended ({line[:100]})")
+            raise                           # a mistake in the code keeps its traceback
     except SystemExit as end:
-        if end.code and store is not None and store.add("faults", 1) > 1:        # another process has said what is wrong
+        if end.code and store is not None and store.add("faults", 1) > 1:        # another process has said it
             raise SystemExit(1) from None
         raise end from None
 

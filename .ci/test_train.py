@@ -4,6 +4,7 @@
 """
 import contextlib
 import io
+import json
 import os
 import pathlib
 import random
@@ -26,6 +27,8 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(1, str(ROOT / "assets"))
+import figures  # noqa: E402
 import train  # noqa: E402  it stands one folder above
 
 torch.set_num_threads(1)        # as in the processes that `command` starts: sums over other parts round otherwise
@@ -370,7 +373,18 @@ def test_a_run_is_used(home, kind):
     assert "nan" not in run(home, "--out", "run", "--eval", 1, "--sample-steps", 2)
     said = run(home, "--out", "run", "--eval", 6, "--sample-steps", 4)
     assert ("without labels" in said) == (kind == "labels") and ("bits/char" in said) == text
-    assert re.search(r"L_T .*\n.*L_t .*\n.*L_0 ", said) and (home / "run" / "terms.png").exists()
+    with contextlib.chdir(home), contextlib.redirect_stdout(io.StringIO()):
+        figures.main(["run"])
+    assert (home / "run" / "terms.png").exists() and (home / "run" / "lossy.png").exists() != text
+    if kind == "labels":
+        bound = json.loads((home / "run" / "eval.json").read_text())
+        assert "with guidance 2" in run(home, "--out", "run", "--eval", 6, "--sample-steps", 4, "--guidance", 2)
+        guided = json.loads((home / "run" / "eval.json").read_text())
+        assert (bound["guidance"], guided["guidance"]) == (0, 2) and guided["total"] != bound["total"]
+        assert guided["total_without_labels"] == bound["total_without_labels"], "without a label there is no guidance"
+    else:
+        assert "--guidance has no meaning" in refused(home, "--out", "run", "--eval", 1, "--guidance", 2)
+    assert re.search(r"L_T .*\n.*L_t .*\n.*L_0 ", said) and (home / "run" / "eval.json").exists()
     state = torch.load(home / "run" / "checkpoint.pt", weights_only=True)
     assert {"model", "ema", "step", "config"} <= state.keys() and not any(k.startswith("module.") for k in state["ema"])
 
@@ -707,15 +721,20 @@ def readme_blocks(language):
 
 
 def test_every_command_of_the_readme_runs(home):
-    """Each `python train.py` line of its bash blocks, in order, with tiny values after it."""
+    """Each line of its bash blocks that trains or uses a run, in order, with tiny values after it."""
     shutil.copytree(ROOT / "assets", home / "assets")
     shutil.copy(ROOT / "README.md", home)
     lines = [shlex.split(line, comments=True) for block in readme_blocks("bash") for line in block.splitlines()]
     assert all((ROOT / words[1]).exists() for words in lines if words[:1] == ["python"]), "a program that is not there"
-    commands = [words[2:] for words in lines if words[:2] == ["python", "train.py"]]
+    commands = [words[1:] for words in lines if words[:1] == ["python"]]
     assert len(commands) > 10
-    for words in commands:
-        if {"--sample", "--eval"} & set(words):
+    for program, *words in commands:
+        if program == "assets/figures.py" and words:
+            with contextlib.chdir(home), contextlib.redirect_stdout(io.StringIO()):
+                figures.main(words)
+        elif program != "train.py":
+            continue
+        elif {"--sample", "--eval"} & set(words):
             words = ["3" if word.isdigit() and int(word) > 3 else word for word in words]
             run(home, *words, *(["3"] if words[-1] == "--eval" else []), "--sample-steps", 2)
         else:

@@ -1,8 +1,10 @@
-"""Draw the README's pictures that need no training, into the folder of this file.
+"""Draw the README's pictures.
 
-    python assets/figures.py
+    python assets/figures.py             those that need no training, into the folder of this file
+    python assets/figures.py RUN         after train.py --eval: RUN/terms.png and, for images, RUN/lossy.png
 """
 import argparse
+import json
 import math
 import pathlib
 import sys
@@ -10,13 +12,14 @@ import sys
 import torch
 from matplotlib import colormaps, colors
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageOps
 from torch.nn import functional as F
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import d3pm
 import ddpm
-from train import load_data
+import train
 
 
 def axes(width, height, rows=1, columns=1):
@@ -25,9 +28,9 @@ def axes(width, height, rows=1, columns=1):
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def save(figure, name):
-    figure.savefig(HERE / name, dpi=110)
-    print(f"written: {HERE / name}")
+def save(figure, path):
+    figure.savefig(path, dpi=110)
+    print(f"written: {path}")
 
 
 def strip(axis, chains, x0, grey):
@@ -58,7 +61,7 @@ def forward(image):
         power.plot(chain.alpha_bar, label=name)
     power.set(xlabel="t", title="alpha_bar: share of the signal's power")
     power.legend()
-    save(figure, "forward.png")
+    save(figure, HERE / "forward.png")
 
 
 def improved():
@@ -82,7 +85,7 @@ def improved():
         grids.plot(cosine.timesteps(n), [height] * n, "|", color=f"C{2 - height}", markersize=14)
     grids.set(xlabel="t", yticks=range(3), yticklabels=["10", "50", "1000 steps"], ylim=(-0.7, 2.7),
               title="grids of fewer steps")
-    save(figure, "improved.png")
+    save(figure, HERE / "improved.png")
 
 
 def decoder():
@@ -101,7 +104,7 @@ def decoder():
     axis.set(xlabel="x_0", xticks=x[::2].tolist(), ylabel="probability", ylim=(0, 0.6),
              title="L_0: the mass of each of 9 levels, mean 0.8")
     axis.legend(fontsize=8, loc="upper left")
-    save(figure, "decoder.png")
+    save(figure, HERE / "decoder.png")
 
 
 def transitions():
@@ -122,7 +125,7 @@ def transitions():
             axis.set(title="" if i else name, xticks=[], yticks=[], xlabel="x_t", ylabel=f"x_0 (t = {t})")
     figure.suptitle(f"Q_bar_t = q(x_t | x_0), K = {K} states, T = {T}")
     figure.colorbar(image, ax=panels, extend="min", shrink=0.8, label="probability")
-    save(figure, "transitions.png")
+    save(figure, HERE / "transitions.png")
 
 
 def forward_d3pm(image):
@@ -134,13 +137,58 @@ def forward_d3pm(image):
     figure, [axis] = axes(9, 3.2)
     strip(axis, {name: d3pm.D3PM(family) for name, family in chains.items()}, image.long(),
           lambda x: (x / (K - 1)).masked_fill(x == K, 2))
-    save(figure, "forward-d3pm.png")
+    save(figure, HERE / "forward-d3pm.png")
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Draw the README's pictures that need no training.")
+def terms(run, bound, path):
+    """terms.png: the bound's terms, their cumulative share, and progressive lossy compression."""
+    grid, prior, values = bound["steps"], bound["prior"], torch.tensor(bound["terms"])
+    figure, (left, middle, right) = axes(13, 3.2, columns=3)
+    left.loglog(grid, (values / torch.tensor([0, *grid]).diff()).clamp(min=1e-9), ".-", markersize=3)
+    left.set(xlabel="t", ylabel=f"{bound['unit']} for a unit of t", title="the bound's terms: L_0 first")
+    middle.semilogx(grid, 100 * values.cumsum(0) / (values.sum() + prior), ".-", markersize=3)
+    middle.set(xlabel="t", ylabel="% of the bound", ylim=(0, 103), title="share of the steps up to t")
+    # Sent from T downwards, x_s costs L_T and the terms above it; from x_s the receiver guesses x0_hat.
+    rate, error = prior + values.flip(0).cumsum(0) - values.flip(0), torch.tensor(bound["x0_mse_or_error"]).flip(0)
+    right.plot(rate, 100 * error if run.discrete else error.sqrt() * 127.5, ".-", markersize=3)
+    right.set(xlabel=f"rate, {bound['unit']}", title="progressive lossy compression",
+              ylabel="places guessed wrong, %" if run.discrete else "root mean square error, of 255")
+    save(figure, path)
+
+
+@torch.no_grad()
+def lossy(run, data, grid, path):
+    """lossy.png: what a receiver who has x_t guesses, for test images (rows) and falling t (columns); then the data."""
+    torch.manual_seed(0)
+    x0, y = train.test_examples(run, data, 8)
+    columns, times = [], [grid[i] for i in torch.linspace(len(grid) - 1, 0, 9).long().tolist()]
+    for t in times:
+        guess = run.diffusion.p_sample(run.model(y), run.diffusion.q_sample(x0, t), t)[1]  # x0_hat, or log p(x_0|x_t)
+        columns.append(run.pictures(guess.argmax(-1) if run.discrete else guess))
+    rows = train.grid_picture(torch.stack([*columns, run.pictures(x0)], dim=1).flatten(0, 1), 10)
+    picture = ImageOps.expand(ImageOps.scale(rows, 2, Image.Resampling.NEAREST), (0, 20, 0, 0), fill="white")
+    for i, title in enumerate([f"t={t}" for t in times] + ["data"]):
+        ImageDraw.Draw(picture).text((i * picture.width // 10 + 6, 4), title, fill="black")
+    picture.save(path)
+    print(f"written: {path}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Draw the README's pictures.")
+    parser.add_argument("run", nargs="?", type=pathlib.Path, help="a run's folder (left out: what needs no training)")
     parser.add_argument("--data-dir", default="data", help="where Fashion-MNIST is, or goes to (data)")
-    image = load_data(None, parser.parse_args().data_dir).test[:1]
+    args = parser.parse_args(argv)
+    if args.run:
+        given = dict(out=str(args.run), data_dir=args.data_dir)
+        run, out = train.load_run(given, torch.device("cpu"))
+        if not (out / "eval.json").exists():
+            sys.exit(f"figures.py: no eval.json in {out}: python train.py --out {out} --eval comes first")
+        bound = json.loads((out / "eval.json").read_text())
+        terms(run, bound, out / "terms.png")
+        if not run.text:
+            lossy(run, train.find_data(run, given, out), bound["steps"], out / "lossy.png")
+        return
+    image = train.load_data(None, args.data_dir).test[:1]
     torch.manual_seed(0)
     forward(image)
     improved()
