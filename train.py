@@ -20,6 +20,7 @@ import math
 import os
 import pathlib
 import pydoc_data.topics
+import shutil
 import signal
 import socket
 import sys
@@ -69,7 +70,7 @@ def say(line):
 # ---------------------------------------------------------------- options
 
 # Sizes by what is trained and where; mps takes the CPU's. On a GPU the U-Net needs 6.0 GFLOP an image, forward and
-# backward, 1.5e16 in all; the Transformer 4.2 an example, 3.2e15 in all, and sees the characters of docs 235 times.
+# backward, 1.5e16 in all; the Transformer 9.6 an example, 3.7e15 in all, and sees the characters of docs 235 times.
 UNET = {"cpu": dict(width=32, mults=(1, 2), blocks=1, attention=(1,), batch_size=24, lr=5e-3, steps=6300),
         "gpu": dict(width=128, mults=(1, 2), blocks=2, attention=(1,), batch_size=128, lr=1e-3, steps=20000)}
 TRANSFORMER = {"cpu": dict(width=128, depth=4, batch_size=8, lr=8e-3, steps=8000),
@@ -432,7 +433,7 @@ def begin(run, data, out):
     except OSError:                         # a file system without locks
         pass
     config, parameters, T = run.config, sum(p.numel() for p in run.net.parameters()), run.diffusion.T
-    write(out / "config.json", json.dumps(config, indent=1).encode())
+    write(out / "config.json", [json.dumps(config, indent=1).encode()])
     say(f"{config['model']} on {data.name} ({len(data.train):,} {'characters' if run.text else 'images'}), "
         f"{parameters / 1e6:.2f} million parameters, {run.device}{f' x {WORLD}' if WORLD > 1 else ''}, "
         f"batch {config['batch_size']}, steps {run.step} to {config['steps']} -> {out}")
@@ -472,7 +473,7 @@ def loop(run, network, data, examples, labels, out):
             row |= dict(lr=lr, rate=round(rate, 1), test_bits=bits)
             run.rows.append(row)
             lines = [",".join(map(str, line)) + "\n" for line in (row, *(old.values() for old in run.rows))]
-            attempt(write, out / "log.csv", "".join(lines).encode())
+            attempt(write, out / "log.csv", [line.encode() for line in lines])
             quarters = " ".join(f"{row[name]:.3f}" if row[name] != "" else "-" for name in QUARTERS)
             left = int((steps - run.step) * B / rate)
             say(f"step {run.step}/{steps}  loss {row['loss']:.4f} (by t {quarters})  {rate:.0f}/s  "
@@ -563,6 +564,8 @@ def compiled(run, x0, t, noise, y):
         run.call(fast, noise[part], t[part], None if y is None else y[part]).float().mean().backward()
         return fast
     except Exception as error:
+        if "out of memory" in str(error):
+            raise MemoryError(first_line(error)) from None
         say(f"going on uncompiled: {first_line(error)[:100]}")
         return network
 
@@ -627,7 +630,7 @@ def save_samples(run, x0, out, film=(), y=None):
     """samples.txt or samples.png, a row for each class of y; with a film samples.gif, samples.npy and labels.npy."""
     if run.text:
         texts = [f"--- {i + 1}\n{text}\n" for i, text in enumerate(run.texts(x0))]
-        write(out / "samples.txt", "\n".join(texts).encode())
+        write(out / "samples.txt", ["\n".join(texts).encode()])
         for s, xs in dict([*film[::max(1, len(film) // 6)], *film[-1:]]).items():
             say(f"t = {s:4d}  {run.texts(xs[:1])[0][:70]!r}")
         frames = [text_picture(run.texts(xs[:4])) for _, xs in film]
@@ -695,7 +698,7 @@ def evaluate(run, out, data, n, given):
     if y is not None:
         record |= dict(guidance=guidance, total_without_labels=bounds(None)["total"].mean().item())
         say(f"  without labels {record['total_without_labels']:.4f} {run.unit}")
-    write(out / "eval.json", json.dumps(record).encode())
+    write(out / "eval.json", [json.dumps(record).encode()])
     say(f"  written: {out / 'eval.json'}; python assets/figures.py {out} draws it")
 
 
@@ -821,25 +824,9 @@ def load_folder(data, data_dir, size):
     cache = data_dir / f"{folder.name}-{size}-{key:08x}.pixels"
     if not cache.with_suffix(".json").exists():
         data_dir.mkdir(parents=True, exist_ok=True)
-        files = [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))]
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(16, cpus) if len(files) > 1000 else 0                         # to start them takes a while
-        images = torch.utils.data.DataLoader([str(folder / file) for file in files], batch_size=None,
-                                             num_workers=workers, collate_fn=functools.partial(square, size=size))
-        pixels, labels, left_out = np.empty((len(files), 3, size, size), np.uint8), [], []
-        for i, (file, image) in enumerate(zip(files, images)):
-            name = os.fsencode(file).decode(errors="backslashreplace")
-            if image is None:
-                left_out.append(name)
-            else:
-                pixels[len(labels)] = image
-                labels.append(name.split(os.sep)[0] if os.sep in name else "")
-            progress("decoding", i, i + 1, len(files))
-        pixels = pixels[:len(labels)]
-        found = dict(labels=labels, left_out=left_out, grey=bool((pixels == pixels[:, :1]).all()),
-                     fingerprint=f"{len(labels)}-{zlib.crc32(pixels):08x}")
-        write(cache, pixels)
-        write(cache.with_suffix(".json"), json.dumps(found).encode())
+        found = dict(labels=[], left_out=[], grey=True)
+        write(cache, decode(folder, files, size, found))
+        write(cache.with_suffix(".json"), [json.dumps(found).encode()])
     found = json.loads(cache.with_suffix(".json").read_text())
     labels, left_out, n = found["labels"], found["left_out"], len(found["labels"])
     if left_out:
@@ -866,6 +853,28 @@ def image_files(folder):
         paths = [pathlib.Path(place, name) for name in names if not name.startswith(".")]
         files += [os.path.relpath(path, folder) for path in paths if path.suffix.lower() in kinds and path.is_file()]
     return sorted(files)
+
+
+def decode(folder, files, size, found):
+    """The pixels of each file that can be read, bytes, in a random order; `found` gets to know what they are."""
+    files = [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))]
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(16, cpus) if len(files) > 1000 else 0                             # to start them takes a while
+    images = torch.utils.data.DataLoader([str(folder / file) for file in files], batch_size=None, num_workers=workers,
+                                         collate_fn=functools.partial(square, size=size))
+    crc = 0
+    for i, (file, image) in enumerate(zip(files, images)):
+        name = os.fsencode(file).decode(errors="backslashreplace")
+        if image is None:
+            found["left_out"].append(name)
+        else:
+            pixels = image.tobytes()
+            crc = zlib.crc32(pixels, crc)
+            found["labels"].append(name.split(os.sep)[0] if os.sep in name else "")
+            found["grey"] = found["grey"] and bool((image == image[:1]).all())
+            yield pixels
+        progress("decoding", i, i + 1, len(files))
+    found["fingerprint"] = f"{len(found['labels'])}-{crc:08x}"
 
 
 def square(file, size):
@@ -996,20 +1005,28 @@ def save_checkpoint(run, out, best):
     buffer, path = io.BytesIO(), out / "checkpoint.pt"
     torch.save(dict(model=run.net.state_dict(), ema=run.ema.state_dict(), step=run.step, config=run.config,
                     rows=run.rows, optimizer=[optimizer.state_dict() for optimizer in run.optimizers]), buffer)
-    previous = path.read_bytes() if path.exists() else None
-    write(path, buffer.getbuffer())
-    if previous:
-        attempt(write, out / "checkpoint.previous.pt", previous)
+    if path.exists():
+        link(path, out / "checkpoint.previous.pt")
+    write(path, [buffer.getbuffer()])
     if best:
-        attempt(write, out / "best.pt", buffer.getbuffer())
+        link(path, out / "best.pt")
 
 
-def write(path, content):
-    """Bytes into a temporary file, flushed to the disk, then renamed: path never holds half of them."""
+def link(path, name):
+    """A second name for a file, which costs no second write; a copy where the file system has no links."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
+
+
+def write(path, pieces):
+    """Bytes in pieces into a temporary file, flushed to the disk, then renamed: path never holds half of them."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
