@@ -2945,6 +2945,8 @@ def test_transformer_block_is_a_near_look_then_attention_then_two_layers(seed):
     hidden = block.up(block.norm(h) * a2 + b2)
     equal((block(x0, time), fresh(x0, time)),
           (h + g2 * block.down(torch.where(hidden > 0, hidden ** 2, 0)), x0 + fresh.near(x0.mT).mT))
+    tables = [fresh.table, *tiny_transformer((3,)).modulation.parameters()]
+    holds(not any(table.any() for table in tables), "a fresh network scales, shifts or gates")
 
 
 @machinery
