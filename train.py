@@ -960,18 +960,28 @@ def find_data(run, given, out):
 def load(path, device):
     """The run in a checkpoint; one line where there is none or it can't be read."""
     need(path.exists(), f"no checkpoint in {path.parent}: train first, or name the run with --out")
+    previous = path.with_suffix(".previous.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):          # the file is not to blame
+        raise
+    except Exception:
+        need(False, f"{path} is damaged or not a checkpoint of train.py"
+             + (f"; the one before is {previous}: copy it there" if previous.exists() else ""))
+    whole = isinstance(state, dict) and {"model", "ema", "step", "config"} <= state.keys()
+    need(whole, f"{path} is not a checkpoint of train.py")
+    need("rows" in state, f"{path} was written by an earlier version of train.py: train anew")
+    try:
         run = Run(state["config"], device)
         run.net.load_state_dict(state["model"])
         run.ema.load_state_dict(state["ema"])
         for optimizer, moments in zip(run.optimizers, state["optimizer"], strict=True):
             optimizer.load_state_dict(moments)
-        run.step, run.rows = state["step"], state["rows"]
-    except Exception as error:
-        previous = path.with_suffix(".previous.pt")
-        need(False, f"{path} is damaged, or not a checkpoint of train.py, or of another version, as an earlier version "
-             f"({first_line(error)})" + (f"; the one before is {previous}" if previous.exists() else ""))
+    except (RuntimeError, KeyError, ValueError) as error:
+        if "out of memory" in str(error):
+            raise
+        need(False, f"{path} is of another version of train.py, with another network ({first_line(error)})")
+    run.step, run.rows = state["step"], state["rows"]
     return run
 
 

@@ -656,7 +656,7 @@ def test_faults_end_in_one_line_and_lose_nothing(home):
     state = torch.load(checkpoint, weights_only=True)
     torch.save(state | dict(config=state["config"] | dict(width=16)), checkpoint)
     line = refused(home, "--out", "good", "--sample", 1)
-    assert "another version" in line and "size mismatch" not in line or "Error(s)" in line, line
+    assert "another version" in line and "Error(s)" in line and "damaged" not in line, line       # torch's first line
     torch.save({k: v for k, v in state.items() if k != "rows"}, checkpoint)
     assert "earlier version" in refused(home, "--out", "good", "--resume")
     torch.save({"weights": torch.zeros(3)}, checkpoint)
