@@ -533,29 +533,28 @@ class UNet(nn.Module):
     mults       a level's channels as a multiple of width
     blocks      residual blocks a level on the way down; one more on the way up
     attention   the levels, counted from 0 at the finest, that have self-attention, of `heads` heads
-    patch       patch x patch pixels enter as one place: 2 costs a quarter of 1
     fourier     exponents n of inputs sin and cos(2^n pi x) beside x, [K]: they show noise finer than a grey level
     classes     number of labels; y is int64 (B,), -1 where there is no label, as everywhere if left out
 
-    H and W must divide by patch * 2^(len(mults) - 1). ValueError for sizes that do not fit, and for labels outside
+    H and W must divide by 2^(len(mults) - 1). ValueError for sizes that do not fit, and for labels outside
     -1..classes-1. Its first output is 0."""
 
     def __init__(self, channels, out_channels, width=64, mults=(1, 2, 2), blocks=2, attention=(1, 2),
-                 heads=4, dropout=0.0, patch=1, fourier=(), classes=0):
+                 heads=4, dropout=0.0, fourier=(), classes=0):
         super().__init__()
         widths, time_dim, last = [width * m for m in mults], 4 * width, len(mults) - 1
-        if (width % 2 or not widths or min(channels, out_channels, heads, patch, blocks + 1, classes + 1, *widths) < 1
+        if (width % 2 or not widths or min(channels, out_channels, heads, blocks + 1, classes + 1, *widths) < 1
                 or any(level not in range(last + 1) or widths[level] % heads for level in attention)):
             raise ValueError(f"need positive sizes, an even {width=}, {attention=} among the levels 0..{last}, and "
                              f"{heads=} that divide their channels, {widths}")
-        self.channels, self.width, self.patch, self.divisor = channels, width, patch, patch * 2 ** last
-        self.classes, self.waves = classes, [2 ** n * math.pi for n in fourier]
+        self.channels, self.width, self.divisor, self.classes = channels, width, 2 ** last, classes
+        self.waves = [2 ** n * math.pi for n in fourier]
 
         def block(cin, level, attends=True):
             return ResBlock(cin, widths[level], time_dim, dropout, heads if attends and level in attention else 0)
 
         self.time = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU())
-        self.stem = nn.Conv2d(channels * (1 + 2 * len(self.waves)) * patch ** 2, width, 3, padding=1)
+        self.stem = nn.Conv2d(channels * (1 + 2 * len(self.waves)), width, 3, padding=1)
         self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [width], width
         for level, w in enumerate(widths):
             for _ in range(blocks):
@@ -571,7 +570,7 @@ class UNet(nn.Module):
                 c = w
             if level:
                 self.up.append(nn.Upsample(scale_factor=2))
-        self.out = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, out_channels * patch ** 2, 3, padding=1)))
+        self.out = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, out_channels, 3, padding=1)))
         self.label = zero(nn.Embedding(classes + 1, time_dim)) if classes else None      # row 0: no label
 
     def forward(self, x, t, y=None):
@@ -582,7 +581,7 @@ class UNet(nn.Module):
         if self.classes or y is not None:
             emb = emb + self.label(torch.zeros_like(t) if y is None else 1 + _labels(y, x, self.classes))
         x = torch.cat([x, *[wave(w * x) for w in self.waves for wave in (torch.sin, torch.cos)]], dim=1)
-        h = self.stem(F.pixel_unshuffle(x, self.patch))
+        h = self.stem(x)
         skips = [h]
         for layer in self.down:
             h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
@@ -590,7 +589,7 @@ class UNet(nn.Module):
         h = self.middle[1](self.middle[0](h, emb), emb)
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(layer, ResBlock) else layer(h)
-        return F.pixel_shuffle(self.out(h), self.patch)
+        return self.out(h)
 
 
 # ---------------------------------------------------------------- a toy in two dimensions

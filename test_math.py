@@ -1516,13 +1516,12 @@ def awake(net):
 
 
 @machinery
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 4), st.integers(1, 2),
-       st.integers(1, 3), st.booleans())
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 4), st.integers(1, 3), st.booleans())
 @settings(max_examples=6 * EXAMPLES)
-def test_unet_keeps_the_shape(batch, channels, size, patch, depth, learned):
+def test_unet_keeps_the_shape(batch, channels, size, depth, learned):
     """(B, C, H, W) -> (B, C or 2C, H, W), for every H and W that the levels divide; at first 0."""
-    out, step = channels * (1 + learned), patch * 2 ** (depth - 1)
-    net = tiny_unet(channels, out, mults=(1, 2, 2)[:depth], attention=(depth - 1,), patch=patch)
+    out, step = channels * (1 + learned), 2 ** (depth - 1)
+    net = tiny_unet(channels, out, mults=(1, 2, 2)[:depth], attention=(depth - 1,))
     x = normal((batch, channels, size * step, step), 1)
     equal(net(x, torch.arange(batch)), torch.zeros(batch, out, *x.shape[2:]), atol=0)
 
@@ -1537,8 +1536,7 @@ def test_unet_says_which_sizes_it_takes(shape):
 @machinery
 @pytest.mark.parametrize("sizes", [
     dict(attention=(-1,)), dict(attention=(2,)), dict(width=9, mults=(1,), attention=()), dict(width=0),
-    dict(mults=()), dict(mults=(1, 0)), dict(heads=3), dict(heads=0), dict(patch=0), dict(blocks=-1),
-    dict(classes=-1)])
+    dict(mults=()), dict(mults=(1, 0)), dict(heads=3), dict(heads=0), dict(blocks=-1), dict(classes=-1)])
 def test_unet_says_which_sizes_there_are(sizes):
     """A size that does not fit is refused when the network is made."""
     refuses(lambda: tiny_unet(**sizes), "width.*attention.*heads")
@@ -1880,7 +1878,7 @@ def test_many_steps_are_the_product_of_the_matrices(name, case):
     chain, *_ = case(name)
     times = list(itertools.combinations_with_replacement(range(chain.T + 1), 2))  # every s <= t
     if name in MIXING:
-        equal(chain.transition.alpha_bar,
+        equal(chain.transition.log_alpha_bar.exp(),
               [math.prod(1 - b for b in chain.betas[:i]) for i in range(chain.T + 1)])
     equal(*(torch.stack([Q(s, t) for s, t in times]) for Q in (chain.transition.matrix, chain.path)))
 
@@ -2531,6 +2529,26 @@ def test_any_order_keeps_what_is_known(seed, T):
     equal(x0[:, known >= 0], [1, 0])
 
 
+@few
+@given(seeds)
+def test_the_surest_place_comes_first(seed):
+    """Confident order: of the masked places next comes that with the largest max_k p(x_i = k | the places seen)."""
+    logits, seen, mask = normal((3, 3, 3, 3, 2), seed), [], 2
+    diffusion = d3pm.D3PM(d3pm.absorbing_transition(3, d3pm.mutual_information_betas(3)))
+
+    def model(x, t):
+        seen.append(x)
+        return torch.nn.functional.pad(logits[x[:, 0], x[:, 1], x[:, 2]], (0, 1))
+
+    seen.append(diffusion.sample_any_order(model, (20, 3), "confident", torch.tensor([-1, -1, seed % 2])))
+    for step, (x, after) in enumerate(zip(seen, seen[1:])):
+        for before, now in zip(x.tolist(), after.tolist()):
+            masked = [i for i in range(3) if before[i] == mask]
+            sure = [Categorical(logits=logits[tuple(before)][i]).probs.max() for i in masked]
+            filled = [i for i in range(3) if now[i] != before[i]]
+            assert filled == ([masked[int(torch.stack(sure).argmax())]] if step < 2 else [])
+
+
 def logistic_bins(mean, log_scale, K):
     """log of the integral of the logistic density over each x_k +- 1 / (K - 1), (...) -> (..., K)."""
     x, scale, half = torch.linspace(-1, 1, K), log_scale.exp()[..., None], 1 / (K - 1)
@@ -2808,6 +2826,7 @@ DISCRETE_ERRORS = {
     "any order without masks": ("absorbing", lambda d: d.sample_any_order(alike, (2, 2))),
     "an order that leaves a place out":
         ("order", lambda d: masked().sample_any_order(alike, (2, 2), torch.tensor([0, 0]))),
+    "an order of no name": ("order.*surest", lambda d: masked().sample_any_order(alike, (2, 2), "surest")),
     "pixels whose mask is not the last state": ("mask.*3.*1", lambda d: d3pm.PixelLogits(None, 4, 1)),
 }
 

@@ -69,13 +69,13 @@ def say(line):
 
 # ---------------------------------------------------------------- options
 
-# Sizes by what is trained and where; mps takes the CPU's. On a GPU the U-Net needs 6.0 GFLOP an image, forward and
+# Sizes by what is trained and where; mps takes the CPU's. On a GPU the U-Net needs 8.5 GFLOP an image, forward and
 # backward, 1.5e16 in all; the Transformer 9.6 an example, 3.7e15 in all, and sees the characters of docs 235 times.
-UNET = {"cpu": dict(width=32, mults=(1, 2), blocks=1, attention=(1,), batch_size=24, lr=5e-3, steps=6300),
-        "gpu": dict(width=128, mults=(1, 2), blocks=2, attention=(1,), batch_size=128, lr=1e-3, steps=20000)}
+UNET = {"cpu": dict(width=16, blocks=1, batch_size=24, lr=5e-3, steps=4200),
+        "gpu": dict(width=64, blocks=2, batch_size=128, lr=1e-3, steps=14000)}
 TRANSFORMER = {"cpu": dict(width=128, depth=4, batch_size=8, lr=8e-3, steps=8000),
                "gpu": dict(width=256, depth=6, batch_size=32, lr=2e-3, steps=12000, dropout=0.1)}
-PIXELS = {"cpu": dict(width=40, batch_size=16, steps=1500), "gpu": dict(steps=12000)}  # where d3pm's U-Net differs
+PIXELS = {"cpu": dict(width=20, batch_size=16, steps=1500), "gpu": dict(steps=12000)}  # where d3pm's U-Net differs
 SCHEDULES = dict(uniform="cosine", absorbing="mutual", gaussian="linear")
 
 # Options of a run that a resumed run must agree with, and those that it may change.
@@ -84,8 +84,8 @@ FIXED = ("model batch_size seed dropout labels plain timesteps schedule predicti
 FREE = "steps lr accumulate save_every".split()
 # The options that mean something, by what is asked for; the ranges of numbers, 1 to infinity for the others.
 MEANING = dict(train=["data", "data_dir", "out", "device", "resume", *FIXED, *FREE],
-               sample=("model data out device seed sample sample_steps variance eta temperature prompt label "
-                       "guidance").split(),
+               sample=("model data out device seed sample sample_steps variance eta temperature prompt "
+                       "confident label guidance").split(),
                eval="model data data_dir out device seed eval sample_steps variance guidance".split())
 RANGES = dict(seed=(0, 2 ** 40), eta=(0, 1), variance=(0, 1), levels=(2, 256), lr=(1e-9, 1e3), dropout=(0, 0.9),
               temperature=(0.01, 100), label=(0, math.inf), guidance=(-1, 100))
@@ -118,6 +118,7 @@ def options(argv=None):
     add("--sample-steps", type=int, metavar="N", help="of --sample (images 50) and --eval (100)")
     add("--eta", type=float, help="sample by DDIM: 0 no noise, 1 ancestral")
     add("--temperature", type=float, metavar="X", help="of d3pm's guess when sampling (1)")
+    add("--confident", action="store_true", help="sample the places it is surest of first")
     add("--label", type=int, metavar="N", help="class of the samples (all, a row each)")
     add("--guidance", type=float, metavar="W", help="push samples or --eval towards the class (0)")
     add("--prompt", metavar="TEXT", help="text to complete; _ (or \N{MIDDLE DOT}) is a free place")
@@ -155,7 +156,7 @@ def complete(given, data, device):
         config |= TRANSFORMER[place] | dict(length=length, timesteps=length, shape=[length])
     else:                                   # photos may be mirrored; garments, digits and letters have a side
         shape, waves = list(data.train.shape[1:]), (2, 4, 6) if model == "ddpm" else (0, 1, 2, 3)
-        config |= UNET[place] | (dict(patch=1, fourier=()) if plain else dict(patch=2, fourier=waves))
+        config |= UNET[place] | dict(mults=(1, 2, 4), attention=(2,), fourier=() if plain else waves)
         config |= dict(timesteps=1000, shape=shape, mirror=data.folder or shape[0] == 3)
     if model == "ddpm":
         config |= dict(prediction="eps" if plain else "v", variance="learned")
@@ -180,7 +181,7 @@ def complete(given, data, device):
 def build(config):
     """The network and the diffusion that a configuration describes."""
     T, shape, schedule = config["timesteps"], config["shape"], config["schedule"]
-    sizes = "width mults blocks attention patch fourier depth dropout".split()
+    sizes = "width mults blocks attention fourier depth dropout".split()
     size = {name: config[name] for name in sizes if name in config} | dict(classes=len(config["classes"]))
     if config["model"] == "ddpm":
         betas = dict(cosine=ddpm.cosine_beta_schedule, linear=ddpm.linear_beta_schedule)
@@ -579,10 +580,13 @@ def any_process(signals):
 # ---------------------------------------------------------------- sampling and evaluation
 
 @torch.no_grad()
-def draw(run, model, n, steps, **how):
+def draw(run, model, n, steps, confident=False, **how):
     """n samples on the CPU, and about twenty pairs (s, xs) on the way to them."""
-    film, steps = [], run.diffusion.timesteps(steps)
-    for i, (s, xs, _) in enumerate(run.diffusion.sample_progressive(model, (n, *run.config["shape"]), steps, **how)):
+    film, steps, shape = [], run.diffusion.timesteps(steps), (n, *run.config["shape"])
+    if confident:
+        x0 = run.diffusion.sample_any_order(model, shape, "confident", **how).cpu()
+        return x0, [(0, x0)]
+    for i, (s, xs, _) in enumerate(run.diffusion.sample_progressive(model, shape, steps, **how)):
         if s == 0 or i % max(1, (len(steps) + 1) // 20) == 0:
             film.append((s, xs.cpu()))
     return film[-1][1], film
@@ -601,7 +605,7 @@ def sample(run, out, n, given):
     """n samples into out, in chunks, as the options ask for them."""
     torch.manual_seed(given.get("seed", run.config["seed"]))
     steps = given.get("sample_steps", run.config["timesteps"] if run.text else 50)
-    how = {"eta": given["eta"]} if "eta" in given else {}
+    how = {name: given[name] for name in ("eta", "confident") if name in given}
     how |= {"known": encode_prompt(run, given["prompt"])} if "prompt" in given else {}
     y, samples, film = run.labels(n), [], []
     if "label" in given:
@@ -995,10 +999,12 @@ def load_run(given, device):
     say(f"EMA weights of step {run.step}, from {path}")
     classes, config = run.config["classes"], run.config
     means = dict(eta=not run.discrete, variance=not run.discrete, temperature=run.discrete, prompt=run.text,
-                 label=classes, guidance=classes, model=given.get("model") == config["model"])
+                 confident=config.get("transition") == "absorbing", label=classes, guidance=classes,
+                 model=given.get("model") == config["model"])
     for name in means.keys() & given.keys():
         need(means[name], f"--{name} has no meaning for the run in {out}, which is of {config['model']} on "
              f"{config['data']} with{'' if classes else 'out'} --labels")
+    need(not {"confident", "sample_steps"} <= given.keys(), "--confident takes a step a place: leave --sample-steps out")
     names = ", ".join(f"{i} {name}" for i, name in enumerate(classes))
     need(given.get("label", 0) < max(1, len(classes)), f"--label must be one of {names}, got {given.get('label')}")
     if "variance" in given:
