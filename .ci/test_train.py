@@ -5,6 +5,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import pathlib
 import random
@@ -80,6 +81,22 @@ def test_small_times_of_v_are_drawn_more_often(prediction, plain):
     share = torch.bincount(t, minlength=5)[1:] / len(t)
     off = (share - weight / weight.sum()).abs().max()
     assert 0 < off < 0.04 if plain else off < 2 / len(t), f"shares of 1..4 are {share.tolist()}"
+
+
+@pytest.mark.parametrize("family", ["gaussian", "uniform", "absorbing"])
+def test_terms_are_weighed_by_the_information_that_their_step_destroys(family):
+    """I(x_0; x_t) = sum_ij q_j(i) / K log(q_j(i) / mean_j q_j(i)); weight ~ (share destroyed + 0.02)^-1/2, mean 1."""
+    T, levels, masks = 7, 5, family == "absorbing"
+    betas = train.d3pm.mutual_information_betas(T) if masks else torch.linspace(0.01, 0.4, T)
+    chain, told = getattr(train.d3pm, f"{family}_transition")(levels + masks, betas), []
+    for t in range(T + 1):
+        rows = chain.matrix(0, t)[:levels].tolist()
+        mean = [sum(row[i] for row in rows) / levels for i in range(levels + masks)]
+        told.append(sum(q / levels * math.log(q / m) for row in rows for q, m in zip(row, mean) if q))
+    weight = [(T * (a - b) / told[0] + 0.02) ** -0.5 for a, b in zip(told, told[1:])]
+    weight = torch.tensor([w * T / sum(weight) for w in weight])
+    assert torch.allclose(train.weights(chain), weight, rtol=1e-5)
+    assert masks == torch.allclose(weight, torch.ones(T))
 
 
 def test_new_draws_leave_the_old_ones_alone():
