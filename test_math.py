@@ -1818,6 +1818,7 @@ def test_linear_betas_are_evenly_spaced(T, start, stop):
     equal((d3pm.linear_betas(T, start, stop), d3pm.linear_betas(T), d3pm.linear_betas(T, start),
            d3pm.linear_betas(T, stop=stop)),
           (line(start, stop), line(0.1 / T, 20 / T), line(start, 20 / T), line(0.1 / T, stop)))
+    equal(d3pm.linear_betas(3, 0.5, 1.5), [0.5, 1.0, 1.5])              # no schedule, but what was asked for
 
 
 @given(lengths)
@@ -2677,6 +2678,14 @@ def test_what_has_probability_0_is_not_drawn_at_the_ends_of_the_uniform_draw(uni
     Q, x = torch.tensor([[[0.0, 0.5, 0.5, 0.0]] * 4]), torch.arange(4)
     monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, uniform, **options))
     equal(d3pm.D3PM(d3pm.DenseTransition(Q)).q_sample(x, 1), 1 if uniform == 0 else 2)
+
+
+@few
+@given(seeds, st.floats(0.1, 10))
+def test_draws_follow_their_weights(seed, scale):
+    """categorical draws k with probability w_k / sum w, whatever the sum."""
+    p = (1.5 * normal((4,), seed)).softmax(0) * torch.tensor([1.0, 1.0, 0.0, 1.0])
+    frequencies(d3pm.categorical((scale * p).expand(2, 10000, 4)).flatten(), p / p.sum())
 
 
 @machinery

@@ -334,8 +334,8 @@ def weights(transition):
     def entropy(p):
         return -torch.special.xlogy(p, p).sum(-1)
 
-    data = [k for k in range(transition.K) if k != transition.mask]
-    tables = (transition.matrix(0, t)[data] for t in range(transition.T + 1))
+    levels = transition.K - (transition.mask is not None)                   # the mask, the last state, is no data
+    tables = (transition.matrix(0, t)[:levels] for t in range(transition.T + 1))
     information = torch.stack([entropy(Q.mean(0)) - entropy(Q).mean() for Q in tables])
     destroyed = -transition.T * information.diff().clamp(max=0) / information[0]            # 1 on average
     weights = (destroyed + 0.02) ** -0.5
