@@ -96,7 +96,7 @@ def _per_example(x):
 
 
 def categorical(p):
-    """A draw from weights (..., K) -> int64 (...), by their running sum: tenfold faster than torch.multinomial."""
+    """A draw from weights (..., K) -> int64 (...), by running sums: on a CPU ten times as fast as torch.multinomial."""
     below = p.cumsum(-1)
     share = torch.rand(p.shape[:-1], dtype=p.dtype, device=p.device)[..., None] * below[..., -1:]
     return (below <= share).sum(-1)
@@ -553,7 +553,7 @@ class D3PM(nn.Module):
         if order is None or confident and order == "confident":
             order = torch.rand(flat.shape, device=self.device).argsort(1)
         elif confident or _readable(order) and not (order.sort().values == torch.arange(D)).all():
-            raise ValueError(f'order must be "confident" or hold each place 0..{D - 1} once, got {order}')
+            raise ValueError(f'order must be "confident" or hold each place 0..{D - 1} once')
         example = torch.arange(len(flat), device=self.device)
         for place in order.to(self.device).expand(flat.shape).T:
             t = ((flat == mask).sum(1) * self.T / D).ceil().long().clamp(1, self.T)       # the time with as many masks

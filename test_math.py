@@ -2835,7 +2835,7 @@ DISCRETE_ERRORS = {
     "any order without masks": ("absorbing", lambda d: d.sample_any_order(alike, (2, 2))),
     "an order that leaves a place out":
         ("order", lambda d: masked().sample_any_order(alike, (2, 2), torch.tensor([0, 0]))),
-    "an order of no name": ("order.*surest", lambda d: masked().sample_any_order(alike, (2, 2), "surest")),
+    "an order of no name": ("order.*confident", lambda d: masked().sample_any_order(alike, (2, 2), "surest")),
     "pixels whose mask is not the last state": ("mask.*3.*1", lambda d: d3pm.PixelLogits(None, 4, 1)),
 }
 
