@@ -144,14 +144,13 @@ def guidance():
     """guidance.png: the README's table of weights as three curves."""
     table = (HERE.parent / "README.md").read_text(encoding="utf-8").split("| guidance $w$")[1].split("\n\n")[0]
     cells = [line.strip("|").split("|") for line in table.splitlines()[2:]]
-    w, *columns = zip(*[[float(cell.strip(" %") or "nan") for cell in row] for row in cells])
+    w, *columns = zip(*[[float(cell.strip(" %")) for cell in row] for row in cells])
     figure, panels = axes(11, 2.6, columns=3)
     titles = ("FID", "% called their label", "bits/dim given the label")
     for axis, title, ddpm_column, d3pm_column in zip(panels, titles, columns[:3], (*columns[3:], None)):
         axis.plot(w, ddpm_column, "o-", label="DDPM")
         if d3pm_column:
-            known = [(a, b) for a, b in zip(w, d3pm_column) if not math.isnan(b)]
-            axis.plot(*zip(*known), "s--", label="D3PM, 16 levels")
+            axis.plot(w, d3pm_column, "s--", label="D3PM, 16 levels")
         axis.set(title=title, xlabel="guidance w")
     panels[0].legend()
     save(figure, HERE / "guidance.png")
