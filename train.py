@@ -315,10 +315,9 @@ def objective(run, model, x0, t, noise):
         return diffusion.loss_simple(model, x0, t, noise)
     if config["plain"]:
         return diffusion.loss_hybrid(model, x0, t, noise)
-    if run.text:                            # the cross-entropy, less noisy than the bound
-        return diffusion.loss_simple(model, x0, t, noise)
-    if run.discrete:
-        return weights(diffusion.transition)[t - 1] * diffusion.loss_vlb(model, x0, t, noise)
+    if run.discrete:                        # for text the cross-entropy, which is less noisy than the bound
+        return (diffusion.loss_simple(model, x0, t, noise) if run.text else
+                weights(diffusion.transition)[t - 1] * diffusion.loss_vlb(model, x0, t, noise))
     # Learn the variance of steps as long as those of --eval. The bound's slope in it goes as log(beta / beta_tilde)^2,
     # about 1 / t^2: under one weight it would be learnt at small t alone. So this rises from the paper's 1e-3 to 1.
     s = (t - math.ceil(T / 100)).clamp(min=1).minimum(t - 1)
