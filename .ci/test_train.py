@@ -719,6 +719,9 @@ def test_what_a_run_does_not_know(home):
     """Other characters in a prompt or in the text of --eval, or images where it had text; some of its own will do."""
     run(home, *MODELS["d3pm-text"], *TINY, "--out", "run")
     assert "does not know" in refused(home, "--out", "run", "--sample", 1, "--prompt", "abXY")
+    assert "a step a place" in refused(home, "--out", "run", "--sample", 1, "--confident", "--sample-steps", 3)
+    run(home, "--out", "run", "--sample", 1, "--confident", "--prompt", "ab_")
+    assert "\nab" in (home / "run" / "samples.txt").read_text()
     (home / "other.txt").write_text("xyz " * 1000)
     (home / "part.txt").write_text("edcba" * 1000)
     assert "does not know" in refused(home, "--out", "run", "--eval", 2, "--data", "other.txt")
@@ -753,7 +756,8 @@ def test_every_command_of_the_readme_runs(home):
             continue
         elif {"--sample", "--eval"} & set(words):
             words = ["3" if word.isdigit() and int(word) > 3 else word for word in words]
-            run(home, *words, *(["3"] if words[-1] == "--eval" else []), "--sample-steps", 2)
+            steps = [] if "--confident" in words else ["--sample-steps", 2]
+            run(home, *words, *(["3"] if words[-1] == "--eval" else []), *steps)
         else:
             run(home, *words, *TINY)
     made = [pathlib.Path(words[1]) for words in lines if words[:1] == ["cp"]]
