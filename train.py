@@ -328,8 +328,8 @@ def objective(run, model, x0, t, noise):
 def weights(transition):
     """(T,): what the terms of D3PM's bound on images are multiplied with, 1 on average; under masks all are 1.
     L_t goes with the information on x_0 that step t destroys, here in one place and for even x_0. Under Gaussian noise
-    three quarters of it go in a fifth of the steps, and the coarse features, which go later, would hardly be learnt.
-    Divided by its root the terms lie nearer together, as Ho et al. drop w for L_simple."""
+    a fifth of the steps destroys three quarters of it (16 levels) or more, and what is left after them, the coarse
+    features, would hardly be learnt. Divided by its root the terms are more alike, as under L_simple, without w."""
     def entropy(p):
         return -torch.special.xlogy(p, p).sum(-1)
 
@@ -337,8 +337,8 @@ def weights(transition):
     tables = (transition.matrix(0, t)[:levels] for t in range(transition.T + 1))
     information = torch.stack([entropy(Q.mean(0)) - entropy(Q).mean() for Q in tables])
     destroyed = -transition.T * information.diff().clamp(max=0) / information[0]            # 1 on average
-    weights = (destroyed + 0.02) ** -0.5
-    return (weights / weights.mean()).float().to(transition.device)
+    weight = (destroyed + 0.02) ** -0.5
+    return (weight / weight.mean()).float().to(transition.device)
 
 
 class Muon(torch.optim.Optimizer):
