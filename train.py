@@ -45,11 +45,6 @@ from torch import nn
 import d3pm
 import ddpm
 
-try:
-    import fcntl
-except ImportError:                         # Windows has none: there two runs in one folder are not told apart
-    fcntl = None
-
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))        # set by torchrun
 FONTS = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 TORCHVISION = {"fashion-mnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10"}
@@ -97,12 +92,12 @@ def options(argv=None):
         prog="train.py", usage="python train.py [options]", argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=80),
         description="Train a diffusion model; or use one, with --sample or --eval.")
-    p.error, add = functools.partial(need, False), p.add_argument
+    p.error, add, path = functools.partial(need, False), p.add_argument, os.path.expanduser
     add("--model", choices=["ddpm", "d3pm"], help="Gaussian or discrete noise (ddpm)")
-    add("--data", metavar="D", help="fashion-mnist, mnist, cifar10, glyphs, docs, a folder of "
+    add("--data", type=path, metavar="D", help="fashion-mnist, mnist, cifar10, glyphs, docs, a folder of "
         "images or a .txt file (fashion-mnist; glyphs if it can't be had)")
-    add("--data-dir", metavar="DIR", help="where data sets are, or go to (data)")
-    add("--out", metavar="DIR", help="where the run lives (runs/<model>-<data>)")
+    add("--data-dir", type=path, metavar="DIR", help="where data sets are, or go to (data)")
+    add("--out", type=path, metavar="DIR", help="where the run lives (runs/<model>-<data>)")
     add("--steps", type=int, metavar="N", help="training steps (by model and device)")
     add("--batch-size", type=int, metavar="N", help="examples a step on all devices (by device)")
     add("--accumulate", type=int, metavar="N", help="parts of a batch, for less memory (1)")
@@ -141,7 +136,7 @@ def options(argv=None):
         within = type(value) not in (int, float) or low <= value <= high
         need(any(name in MEANING[use] for use in uses), f"{flag} has no meaning {asked}")
         need(within, f"{flag} must lie in {low:g}..{high:g}, got {value}")
-    return given | {name: os.path.expanduser(given[name]) for name in ("data", "data_dir", "out") if name in given}
+    return given
 
 
 def complete(given, data, device):
@@ -166,11 +161,10 @@ def complete(given, data, device):
         config |= {} if text else PIXELS[place] | dict(levels=256)
     config |= (dict(lr=1e-3) if plain else {}) | (dict(size=shape[-1]) if data.folder else {})
     config["save_every"] = max(1, min(1000, given.get("steps", config["steps"]) // 10))
-    for name in (*FIXED, *FREE):
-        if name in given:
-            need(name in config,
-                 f"--{name.replace('_', '-')} has no meaning for --model {model} on --data {data.name}")
-            config[name] = given[name]
+    settings = {name: given[name] for name in FIXED + FREE if name in given}
+    strange = " ".join(f"--{name.replace('_', '-')}" for name in settings if name not in config)
+    need(not strange, f"{strange} has no meaning for --model {model} on --data {data.name}")
+    config |= settings
     need(config.get("transition") != "absorbing" or config["schedule"] == "mutual",
          f"--schedule {config['schedule']} leaves places without a mask at T: --transition absorbing needs mutual")
     return config | dict(classes=data.classes if config["labels"] else [])
@@ -200,13 +194,13 @@ def build(config):
 
 
 class Run:
-    """A configuration with the network and the diffusion that it describes, and what follows from them.
+    """A configuration with the network and the diffusion that it describes, its folder `out`, and what follows.
     net is trained; ema, the moving average of its weights, makes the samples and the bounds."""
 
-    def __init__(self, config, device):
+    def __init__(self, config, device, out, data=None):
         torch.manual_seed(config["seed"])
         net, diffusion = build(config)
-        self.config, self.device = config, device
+        self.config, self.device, self.out, self.data = config, device, out, data
         self.discrete, self.text = config["model"] == "d3pm", bool(config["chars"])
         self.unit = "bits/char" if self.text else "bits/dim"
         self.net, self.diffusion = net.to(device, memory_format=torch.channels_last), diffusion.to(device)
@@ -260,6 +254,14 @@ class Run:
         length = self.config["length"]
         need(len(split) >= length, f"the text is too short for --length {length}: a tenth of it is held out")
         return split.unfold(0, length, 1)
+
+    def tests(self, n):
+        """The first n test images, or n windows spread over the test text, as states; and their labels or None."""
+        examples = self.examples(self.data.test)
+        if self.text:
+            examples = examples[torch.arange(n) * (len(examples) - 1) // max(1, n - 1)]
+        y = self.data.test_labels[:n].to(self.device) if self.config["classes"] else None
+        return self.states(examples[:n].to(self.device)), y
 
     def labels(self, n):
         """n labels in order, of each class as many; None for a run without labels."""
@@ -408,51 +410,51 @@ def train(given, device):
     mine = min(RANK, 1 + int(os.environ.get("LOCAL_RANK", 0)), 2)
     for turn in range(3):           # first rank 0, which may download or decode, then one process of each machine
         if turn == mine:
-            data, run, out = prepare(given, device)
+            run = prepare(given, device)
         any_process([])                     # the others wait here
     configs = [run.config] * WORLD
     if WORLD > 1:
         dist.all_gather_object(configs, run.config)
     need(all(config == run.config for config in configs), "the processes found different data: see --data-dir")
+    data, classes = run.data, len(run.config["classes"])
     examples = run.examples(data.train.to(device) if data.train.nbytes < 1e9 else data.train)
-    labels = data.train_labels.to(examples.device) if run.config["classes"] else None
-    network, lock = compiled(run, *batch(run, examples, labels)), begin(run, data, out)
+    labels = data.train_labels.to(examples.device) if classes else None
+    network = compiled(run, *batch(run, examples, labels))
+    lock = begin(run) if RANK == 0 else None
     with contextlib.ExitStack() as stack:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:   # Windows: no SIGHUP
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:               # nohup ignores it
                 before = signal.signal(number, lambda number, frame: run.signals.append(number))
                 stack.callback(signal.signal, number, before)
-        loop(run, network, data, examples, labels, out)
+        loop(run, network, examples, labels)
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        attempt(loss_figure, run, out / "loss.png")
-        classes = len(run.config["classes"])
-        sample(run, out, 16 if run.text else classes * max(2, 64 // classes) if classes else 64, {})
+        attempt(loss_figure, run)
+        rows = max(1, classes)
+        sample(run, 16 if run.text else rows * max(2, 64 // rows), {})
         lock.close()
-    return out
+    return run
 
 
-def begin(run, data, out):
+def begin(run):
     """The run's folder for this process alone, with config.json and an image on its way to noise, and two lines that
     say what is trained. -> the folder's lock, which goes when the process ends"""
-    if RANK:
-        return None
+    config, data, out, T = run.config, run.data, run.out, run.diffusion.T
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / ".lock", "w")
     try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         need(False, f"another run is being written to {out}: choose another --out")
-    except OSError:                         # a file system without locks
+    except (ImportError, OSError):          # on Windows and on a file system without locks two runs aren't told apart
         pass
-    config, parameters, T = run.config, sum(p.numel() for p in run.net.parameters()), run.diffusion.T
     write(out / "config.json", [json.dumps(config, indent=1).encode()])
     say(f"{config['model']} on {data.name} ({len(data.train):,} {'characters' if run.text else 'images'}), "
-        f"{parameters / 1e6:.2f} million parameters, {run.device}{f' x {WORLD}' if WORLD > 1 else ''}, "
+        f"{sum(p.numel() for p in run.net.parameters()) / 1e6:.2f} million parameters, {run.device} x {WORLD}, "
         f"batch {config['batch_size']}, steps {run.step} to {config['steps']} -> {out}")
-    say(f"yardsticks: {yardsticks(run, data)}; samples and bounds use the EMA weights")
+    say(f"yardsticks: {yardsticks(run)}; samples and bounds use the EMA weights")
     if not run.text:
         torch.manual_seed(0)
         x0 = run.states(data.test[:1].to(run.device))
@@ -461,7 +463,7 @@ def begin(run, data, out):
     return lock
 
 
-def loop(run, network, data, examples, labels, out):
+def loop(run, network, examples, labels):
     """From run.step to the last step: train; now and then report, measure and save."""
     config, steps, T, B = run.config, run.config["steps"], run.config["timesteps"], run.config["batch_size"]
     log_every, test_every = max(1, min(50, steps // 10)), max(1, min(2000, steps // 5))
@@ -483,22 +485,22 @@ def loop(run, network, data, examples, labels, out):
         row = read(run, sums, since)        # the one place that waits for the device
         if report and RANK == 0:
             rate = (run.step - since) * B / max(time.monotonic() - clock, 1e-9)
-            bits = held_out(run, data, out) if measure else ""
+            bits = held_out(run) if measure else ""
             best = bits != "" and all(bits <= old["test_bits"] for old in run.rows if old["test_bits"] != "")
             row |= dict(lr=lr, rate=round(rate, 1), test_bits=bits)
             run.rows.append(row)
-            lines = [",".join(map(str, line)) + "\n" for line in (row, *(old.values() for old in run.rows))]
-            attempt(write, out / "log.csv", [line.encode() for line in lines])
+            table = [row, *(old.values() for old in run.rows)]
+            attempt(write, run.out / "log.csv", [f"{','.join(map(str, line))}\n".encode() for line in table])
             quarters = " ".join(f"{row[name]:.3f}" if row[name] != "" else "-" for name in QUARTERS)
-            left = int((steps - run.step) * B / rate)
-            say(f"step {run.step}/{steps}  loss {row['loss']:.4f} (by t {quarters})  {rate:.0f}/s  "
-                f"{left // 60}:{left % 60:02d} left" + (f"  test {bits:.3f} {run.unit}" if bits != "" else ""))
+            left = datetime.timedelta(seconds=int((steps - run.step) * B / rate))
+            say(f"step {run.step}/{steps}  loss {row['loss']:.4f} (by t {quarters})  {rate:.0f}/s  {left} left"
+                + (f"  test {bits:.3f} {run.unit}" if bits != "" else ""))
         if report:
             sums.zero_()
             since, clock = run.step, time.monotonic()
         if RANK == 0 and (save or stop or best):
-            saved = attempt(save_checkpoint, run, out, best)
-            need(saved or not (last or stop), f"{out / 'checkpoint.pt'} can't be written: the last steps are lost")
+            saved = attempt(save_checkpoint, run, best)
+            need(saved or not (last or stop), f"{run.out / 'checkpoint.pt'} can't be written: the last steps are lost")
         need(not stop, f"stopped at step {run.step}{', the last' if last else '; go on with --resume'}")
 
 
@@ -542,27 +544,18 @@ def read(run, sums, since):
 
 
 @torch.no_grad()
-def held_out(run, data, out):
+def held_out(run):
     """Bits of 32 test examples in 100 steps, and samples so far; "" if a signal comes. The next step seeds itself."""
     torch.manual_seed(0)
-    x0, y = test_examples(run, data, 32)
+    x0, y = run.tests(32)
     n, steps = (4, 64) if run.text else (16, 20)
     try:
         bits = run.diffusion.bits_per_dim(run.model(y, exact=True), x0, 100)["total"].mean().item()
         x0, _ = draw(run, run.model(run.labels(n)), n, steps)
     except KeyboardInterrupt:
         return ""
-    attempt(save_samples, run, x0, out)
+    attempt(save_samples, run, x0)
     return bits
-
-
-def test_examples(run, data, n):
-    """The first n test images, or n windows spread over the test text, as states; and their labels or None."""
-    examples = run.examples(data.test)
-    if run.text:
-        examples = examples[torch.arange(n) * (len(examples) - 1) // max(1, n - 1)]
-    labels = data.test_labels[:n].to(run.device) if run.config["classes"] else None
-    return run.states(examples[:n].to(run.device)), labels
 
 
 def compiled(run, x0, t, noise, y):
@@ -579,8 +572,8 @@ def compiled(run, x0, t, noise, y):
         run.call(fast, noise[part], t[part], None if y is None else y[part]).float().mean().backward()
         return fast
     except Exception as error:
-        if "out of memory" in str(error):
-            raise MemoryError(first_line(error)) from None
+        if out_of_memory(error):
+            raise
         say(f"going on uncompiled: {first_line(error)[:100]}")
         return network
 
@@ -601,11 +594,11 @@ def draw(run, model, n, steps, confident=False, **how):
     film, steps, shape = [], run.diffusion.timesteps(steps), (n, *run.config["shape"])
     if confident:
         x0 = run.diffusion.sample_any_order(model, shape, "confident", **how).cpu()
-        return x0, [(0, x0)]
+        return x0, [x0]
     for i, (s, xs, _) in enumerate(run.diffusion.sample_progressive(model, shape, steps, **how)):
         if s == 0 or i % max(1, (len(steps) + 1) // 20) == 0:
-            film.append((s, xs.cpu()))
-    return film[-1][1], film
+            film.append(xs.cpu())
+    return film[-1], film
 
 
 def chunks(run, n, what):
@@ -617,8 +610,8 @@ def chunks(run, n, what):
         progress(what, first, min(first + size, n), n)
 
 
-def sample(run, out, n, given):
-    """n samples into out, in chunks, as the options ask for them."""
+def sample(run, n, given):
+    """n samples into the run's folder, in chunks, as the options ask for them."""
     torch.manual_seed(given.get("seed", run.config["seed"]))
     steps = given.get("sample_steps", run.config["timesteps"] if run.text else 50)
     how = {name: given[name] for name in ("eta", "confident") if name in given}
@@ -631,7 +624,7 @@ def sample(run, out, n, given):
         x0, frames = draw(run, model, part.stop - part.start, steps, **how)
         samples.append(x0)
         film = film or frames
-    save_samples(run, torch.cat(samples), out, film, y)
+    save_samples(run, torch.cat(samples), film, y)
 
 
 def encode_prompt(run, prompt):
@@ -644,14 +637,12 @@ def encode_prompt(run, prompt):
     return torch.tensor([chars.find(c) for c in prompt] + [-1] * (length - len(prompt)))
 
 
-def save_samples(run, x0, out, film=(), y=None):
+def save_samples(run, x0, film=(), y=None):
     """samples.txt or samples.png, a row for each class of y; with a film samples.gif, samples.npy and labels.npy."""
     if run.text:
         texts = [f"--- {i + 1}\n{text}\n" for i, text in enumerate(run.texts(x0))]
-        write(out / "samples.txt", ["\n".join(texts).encode()])
-        for s, xs in dict([*film[::max(1, len(film) // 6)], *film[-1:]]).items():
-            say(f"t = {s:4d}  {run.texts(xs[:1])[0][:70]!r}")
-        frames = [text_picture(run.texts(xs[:4])) for _, xs in film]
+        write(run.out / "samples.txt", ["\n".join(texts).encode()])
+        frames = [text_picture(run.texts(xs[:4])) for xs in film]
     else:
         images, shown, columns = run.pictures(x0), torch.arange(min(64, len(x0))), None
         classes = [] if y is None else y.unique().tolist()
@@ -659,14 +650,14 @@ def save_samples(run, x0, out, film=(), y=None):
             rows = [(y.cpu() == label).nonzero()[:8, 0] for label in classes]
             columns = min(len(row) for row in rows)
             shown = torch.cat([row[:columns] for row in rows])
-        grid_picture(images[shown], columns, least=400).save(out / "samples.png")
+        grid_picture(images[shown], columns, least=400).save(run.out / "samples.png")
         for name, array in dict(samples=images.permute(0, 2, 3, 1), labels=y).items():
             if film and array is not None:
-                np.save(out / f"{name}.npy", array.cpu().numpy())
-        frames = [grid_picture(run.pictures(xs[:36])) for _, xs in film]
+                np.save(run.out / f"{name}.npy", array.cpu().numpy())
+        frames = [grid_picture(run.pictures(xs[:36])) for xs in film]
     if film:                                # it rests on the last
         frames = [frame.quantize(16) for frame in frames]
-        frames[0].save(out / "samples.gif", save_all=True, append_images=frames[1:], loop=0,
+        frames[0].save(run.out / "samples.gif", save_all=True, append_images=frames[1:], loop=0,
                        duration=[100] * (len(frames) - 1) + [3000])
 
 
@@ -688,40 +679,41 @@ def text_picture(texts, columns=64):
 
 
 @torch.no_grad()
-def evaluate(run, out, data, n, given):
+def bounds(run, x0, y, steps, guidance):
+    """bits_per_dim of x0 given y, in chunks: each entry (B, ...), float64."""
+    parts = []
+    for part in chunks(run, len(x0), "bounds"):
+        model = run.model(None if y is None else y[part], guidance, exact=True)
+        parts.append(run.diffusion.bits_per_dim(model, x0[part], steps))
+    return {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}
+
+
+def evaluate(run, n, given):
     """The bound on n test examples, given their labels and without: a table, and term by term in eval.json."""
     torch.manual_seed(given.get("seed", run.config["seed"]))
-    x0, y = test_examples(run, data, n)
-    grid, guidance = run.diffusion.timesteps(given.get("sample_steps", 100)), given.get("guidance", 0)
-
-    def bounds(y):
-        """bits_per_dim of x0 given y, in chunks: each entry (B, ...), float64."""
-        parts = []
-        for part in chunks(run, len(x0), "bounds"):
-            model = run.model(None if y is None else y[part], guidance, exact=True)
-            parts.append(run.diffusion.bits_per_dim(model, x0[part], grid))
-        return {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}
-
-    result = bounds(y)
-    total, prior, terms, error = (part.mean(0) for part in result.values())
-    spread = f" +- {result['total'].std() / len(x0) ** 0.5:.4f}" if len(x0) > 1 else ""
+    x0, y = run.tests(n)
+    n, grid, guidance = len(x0), run.diffusion.timesteps(given.get("sample_steps", 100)), given.get("guidance", 0)
+    bits = bounds(run, x0, y, grid, guidance)
+    total, prior, terms, error = (part.mean(0) for part in bits.values())
+    spread = f" +- {bits['total'].std() / n ** 0.5:.4f}" if n > 1 else ""
     told = "" if y is None else f", given their labels{f' with guidance {guidance:g}' if guidance else ''}"
     quarters = " ".join(f"{quarter.sum():.4f}" if len(quarter) else "-" for quarter in terms[1:].tensor_split(4))
-    say(f"{run.config['model']} on {data.name}: {total:.4f} {run.unit}{spread} on {len(x0)} test examples, "
+    say(f"{run.config['model']} on {run.data.name}: {total:.4f} {run.unit}{spread} on {n} test examples, "
         f"{len(grid)} steps{told}\n  L_T {prior:.4f}\n"
         f"  L_t {terms[1:].sum():.4f} in {len(grid) - 1} terms, by quarter of t: {quarters}\n  L_0 {terms[0]:.4f}\n"
-        f"  yardsticks: {yardsticks(run, data)}")
+        f"  yardsticks: {yardsticks(run)}")
     record = dict(total=total.item(), prior=prior.item(), steps=grid, terms=terms.tolist(),
-                  x0_mse_or_error=error.tolist(), examples=len(x0), unit=run.unit)
+                  x0_mse_or_error=error.tolist(), examples=n, unit=run.unit)
     if y is not None:
-        record |= dict(guidance=guidance, total_without_labels=bounds(None)["total"].mean().item())
-        say(f"  without labels {record['total_without_labels']:.4f} {run.unit}")
-    write(out / "eval.json", [json.dumps(record).encode()])
-    say(f"  written: {out / 'eval.json'}; python assets/figures.py {out} draws it")
+        without = bounds(run, x0, None, grid, 0)["total"].mean().item()
+        record |= dict(guidance=guidance, total_without_labels=without)
+        say(f"  without labels {without:.4f} {run.unit}")
+    write(run.out / "eval.json", [json.dumps(record).encode()])
+    say(f"  written: {run.out / 'eval.json'}; python assets/figures.py {run.out} draws it")
 
 
-def loss_figure(run, path):
-    """The loss by quarter of t, and the held-out bound."""
+def loss_figure(run):
+    """loss.png: the loss by quarter of t, and the held-out bound."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in (*QUARTERS, "loss", "test_bits"):
@@ -731,18 +723,19 @@ def loss_figure(run, path):
     left.set(xlabel="step", title="training loss, by quarter of t", yscale="log")
     left.legend(fontsize=7)
     right.set(xlabel="step", title=f"{run.unit} of 32 test examples, EMA weights")
-    figure.savefig(path, dpi=110)
+    figure.savefig(run.out / "loss.png", dpi=110)
 
 
-def yardsticks(run, data):
+def yardsticks(run):
     """What trivial models need: how good is good. Of large images a part of them and of their pixels is counted."""
     def entropy(counts):
         return torch.distributions.Categorical(counts.double()).entropy() / math.log(2)
 
+    train = run.data.train
     if run.text:
-        return f"unigram {entropy(torch.bincount(data.train)):.2f} bits/char"
-    K, D = run.config.get("levels", 256), data.train[0].numel()
-    images = data.train[:min(20000, max(1000, 4 * 10 ** 8 // D))].flatten(1)[:, ::1 + D // 4096]
+        return f"unigram {entropy(torch.bincount(train)):.2f} bits/char"
+    K, D = run.config.get("levels", 256), train[0].numel()
+    images = train[:min(20000, max(1000, 4 * 10 ** 8 // D))].flatten(1)[:, ::1 + D // 4096]
     counts = torch.stack([torch.bincount(pixel.long() * K // 256, minlength=K) for pixel in images.T])
     return (f"the grey values' histogram {entropy(counts.sum(0)):.2f} bits/dim, "
             f"each pixel's own histogram {entropy(counts).mean():.2f}")
@@ -781,12 +774,8 @@ def load_data(source, data_dir, size=32):
 
 def load_torchvision(data, data_dir):
     """Files that are there, else torchvision's download, which is given up when no byte comes for some seconds."""
-    cls, patience = getattr(torchvision.datasets, TORCHVISION[data.name]), socket.getdefaulttimeout()
-    socket.setdefaulttimeout(7)             # torchvision tries two addresses
-    try:
-        splits = [cls(data_dir, train=train, download=True) for train in (True, False)]
-    finally:
-        socket.setdefaulttimeout(patience)
+    cls = getattr(torchvision.datasets, TORCHVISION[data.name])
+    splits = [cls(data_dir, train=train, download=True) for train in (True, False)]
     images = [torch.as_tensor(split.data) for split in splits]
     data.train, data.test = [x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous() for x in images]
     data.train_labels, data.test_labels = [torch.as_tensor(split.targets).long() for split in splits]
@@ -930,39 +919,39 @@ def find_folder(given):
 
 
 def prepare(given, device):
-    """The data, the run (with --resume that of the checkpoint, if there is one) and its folder."""
+    """The run with its data: with --resume that of the checkpoint, if there is one."""
     out = find_folder(given)
     if "resume" in given and (out / "checkpoint.pt").exists():
         run = load(out / "checkpoint.pt", device)
         old = run.config
         differ = [f"{name.replace('_', '-')} {old.get(name)} there, {given[name]} here" for name in FIXED
                   if name in given and given[name] != old.get(name)]
-        need(not differ, f"{out} was trained with other settings ({'; '.join(differ)}): leave them out, or name "
-             "another --out")
-        data = find_data(run, given, out)
-        old |= dict(data=data.source) | {name: given[name] for name in FREE if name in given}
+        need(not differ, f"{out} has other settings ({'; '.join(differ)}): leave them out, or choose another --out")
+        find_data(run, given)
+        old |= dict(data=run.data.source) | {name: given[name] for name in FREE if name in given}
         need(run.step < old["steps"], f"the run in {out} has done its {run.step} steps: --steps N trains longer")
     else:
         data = load_data(given.get("data"), given.get("data_dir", "data"), given.get("size", 32))
         config = complete(given, data, device)
         out = pathlib.Path(given.get("out", f"runs/{config['model']}-{data.name}"))
-        need(not (out / "checkpoint.pt").exists(), f"{out} already holds a run: --resume it, or name another --out")
+        need(not (out / "checkpoint.pt").exists(), f"{out} already holds a run: --resume it, or choose another --out")
         try:
-            run = Run(config, device)
-            run.diffusion.loss_simple(run.net, test_examples(run, data, 1)[0])
+            run = Run(config, device, out, data)
+            run.diffusion.loss_simple(run.net, run.tests(1)[0])
         except ValueError as error:
             need(False, f"{error}; see --size, --width, --levels and --length")
     B, parts = run.config["batch_size"], WORLD * run.config["accumulate"]
     need(B % parts == 0, f"--batch-size {B} does not divide by {parts}: --accumulate times the processes")
-    return data, run, out
+    return run
 
 
-def find_data(run, given, out):
-    """The data of a run, unchanged; or, to measure it on, other data of its kind."""
-    config = run.config
+def find_data(run, given):
+    """Gives a run its data, unchanged; or, to measure it on, other data of its kind."""
+    config, out = run.config, run.out
     data = load_data(given.get("data", config["data"]), given.get("data_dir", "data"), config.get("size", 32))
+    run.data = data
     if (data.fingerprint, data.chars) == (config["fingerprint"], config["chars"]):
-        return data
+        return
     need("eval" in given and data.source != config["data"],
          f"the data of the run in {out} has changed since it began: bring it back, or choose another --out")
     need(bool(data.chars) == run.text and (run.text or list(data.train.shape[1:]) == config["shape"]),
@@ -974,39 +963,35 @@ def find_data(run, given, out):
         data.test = torch.tensor([config["chars"].index(c) for c in data.chars])[data.test.long()]
     if data.classes != config["classes"]:
         data.test_labels = torch.full((len(data.test),), -1)
-    return data
 
 
 def load(path, device):
     """The run in a checkpoint; one line where there is none or it can't be read."""
     need(path.exists(), f"no checkpoint in {path.parent}: train first, or name the run with --out")
     previous = path.with_suffix(".previous.pt")
+    advice = f"; the one before is {previous}: copy it there" if previous.exists() else ""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):          # the file is not to blame
         raise
     except Exception:
-        need(False, f"{path} is damaged or not a checkpoint of train.py"
-             + (f"; the one before is {previous}: copy it there" if previous.exists() else ""))
-    whole = isinstance(state, dict) and {"model", "ema", "step", "config"} <= state.keys()
-    need(whole, f"{path} is not a checkpoint of train.py")
-    need("rows" in state, f"{path} was written by an earlier version of train.py: train anew")
+        need(False, f"{path} is damaged or not a checkpoint{advice}")
     try:
-        run = Run(state["config"], device)
+        run = Run(state["config"], device, path.parent)
+        run.step, run.rows = state["step"], state["rows"]
         run.net.load_state_dict(state["model"])
         run.ema.load_state_dict(state["ema"])
         for optimizer, moments in zip(run.optimizers, state["optimizer"], strict=True):
             optimizer.load_state_dict(moments)
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
         if "out of memory" in str(error):
             raise
-        need(False, f"{path} is of another version of train.py, with another network ({first_line(error)})")
-    run.step, run.rows = state["step"], state["rows"]
+        need(False, f"{path} is of another version of train.py, or no checkpoint of it ({first_line(error)})")
     return run
 
 
 def load_run(given, device):
-    """The run to use, and its folder. Its weights are the last ones, unless older ones had a better held-out bound."""
+    """The run to use. Its weights are the last ones, unless older ones had a better held-out bound."""
     out = find_folder(given)
     path, run = out / "checkpoint.pt", load(out / "checkpoint.pt", device)
     bits = [row["test_bits"] for row in run.rows if row["test_bits"] != ""]
@@ -1026,20 +1011,20 @@ def load_run(given, device):
     if "variance" in given:
         need(config["variance"] == "learned" or given["variance"] != "learned",
              f"the run in {out} has learnt no variance: --variance takes a number there")
-        run.diffusion = build(config | dict(variance=given["variance"]))[1].to(device)
-    return run, out
+        run.diffusion.variance = given["variance"]
+    return run
 
 
-def save_checkpoint(run, out, best):
+def save_checkpoint(run, best):
     """checkpoint.pt, the one before as checkpoint.previous.pt, and the best so far as best.pt."""
-    buffer, path = io.BytesIO(), out / "checkpoint.pt"
+    buffer, path = io.BytesIO(), run.out / "checkpoint.pt"
     torch.save(dict(model=run.net.state_dict(), ema=run.ema.state_dict(), step=run.step, config=run.config,
                     rows=run.rows, optimizer=[optimizer.state_dict() for optimizer in run.optimizers]), buffer)
     if path.exists():
-        link(path, out / "checkpoint.previous.pt")
+        link(path, run.out / "checkpoint.previous.pt")
     write(path, [buffer.getbuffer()])
     if best:
-        link(path, out / "best.pt")
+        link(path, run.out / "best.pt")
 
 
 def link(path, name):
@@ -1113,15 +1098,16 @@ def command(given, store):
             # gloo is for what the processes agree on between steps, on the CPU: no GPU is waited for
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK,
                                     world_size=WORLD, timeout=datetime.timedelta(days=1))
-        out = train(given, device)
+        run = train(given, device)
     else:
         need(WORLD == 1, "--sample and --eval run on one process: leave torchrun out")
-        run, out = load_run(given, device)
+        run = load_run(given, device)
         if "sample" in given:
-            sample(run, out, given["sample"], given)
+            sample(run, given["sample"], given)
         if "eval" in given:
-            evaluate(run, out, find_data(run, given, out), given["eval"], given)
-    say(f"in {out}: {', '.join(sorted(file.name for file in out.glob('[!.]*')))}")
+            find_data(run, given)
+            evaluate(run, given["eval"], given)
+    say(f"in {run.out}: {', '.join(sorted(file.name for file in run.out.glob('[!.]*')))}")
 
 
 def main(argv=None):
@@ -1130,6 +1116,7 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                      # what the terminal can't show is written out
             stream.reconfigure(errors="backslashreplace")
+    socket.setdefaulttimeout(7)             # for downloads; torchvision tries two addresses
     store = None
     try:
         if WORLD > 1:
