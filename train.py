@@ -23,6 +23,7 @@ import pydoc_data.topics
 import shutil
 import signal
 import socket
+import string
 import sys
 import time
 import zlib
@@ -416,9 +417,9 @@ def train(given, device):
     if WORLD > 1:
         dist.all_gather_object(configs, run.config)
     need(all(config == run.config for config in configs), "the processes found different data: see --data-dir")
-    data, classes = run.data, len(run.config["classes"])
+    data = run.data
     examples = run.examples(data.train.to(device) if data.train.nbytes < 1e9 else data.train)
-    labels = data.train_labels.to(examples.device) if classes else None
+    labels = data.train_labels.to(examples.device) if run.config["classes"] else None
     network = compiled(run, *batch(run, examples, labels))
     lock = begin(run) if RANK == 0 else None
     with contextlib.ExitStack() as stack:
@@ -431,8 +432,7 @@ def train(given, device):
         dist.destroy_process_group()
     if RANK == 0:
         attempt(loss_figure, run)
-        rows = max(1, classes)
-        sample(run, 16 if run.text else rows * max(2, 64 // rows), {})
+        sample(run, 16 if run.text else 64, {})
         lock.close()
     return run
 
@@ -561,7 +561,7 @@ def held_out(run):
 def compiled(run, x0, t, noise, y):
     """The network for training: with several processes wrapped, on a GPU compiled, else as it is.
     The wrapped network is compiled, so that gradients of the last layers are sent while the first are computed."""
-    network, cuda, part = run.net, run.device.type == "cuda", slice(len(t) // run.config["accumulate"])
+    network, cuda, n = run.net, run.device.type == "cuda", len(t) // run.config["accumulate"]
     if WORLD > 1:
         network = nn.parallel.DistributedDataParallel(network, [run.device] if cuda else None)
     if not cuda:
@@ -569,7 +569,7 @@ def compiled(run, x0, t, noise, y):
     say("compiling: a minute or two")
     try:
         fast = torch.compile(network)
-        run.call(fast, noise[part], t[part], None if y is None else y[part]).float().mean().backward()
+        run.call(fast, noise[:n], t[:n], None if y is None else y[:n]).float().mean().backward()
         return fast
     except Exception as error:
         if out_of_memory(error):
@@ -784,11 +784,12 @@ def load_torchvision(data, data_dir):
 
 def load_glyphs(data):
     """Grey 28 x 28 letters and digits: matplotlib's fonts, turned, scaled, sheared and moved a little at random."""
-    data.classes, cells = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"), []
-    for file in sorted(FONTS.glob("DejaVuSans*.ttf")) + sorted(FONTS.glob("DejaVuSerif*.ttf")):
-        for c in data.classes if "Display" not in file.name else []:
+    data.classes, cells = list(string.ascii_uppercase + string.ascii_lowercase + string.digits), []
+    for file in sorted(set(FONTS.glob("DejaVuS[ae]*.ttf")) - set(FONTS.glob("*Display.ttf"))):     # Sans, Serif
+        font = ImageFont.truetype(str(file), 40)
+        for c in data.classes:
             cell = Image.new("L", (56, 56))
-            ImageDraw.Draw(cell).text((28, 28), c, font=ImageFont.truetype(str(file), 40), fill=255, anchor="mm")
+            ImageDraw.Draw(cell).text((28, 28), c, font=font, fill=255, anchor="mm")
             cells.append(torch.from_numpy(np.array(cell)))
     splits = []
     for n, seed in ((20000, 1), (2000, 2)):
@@ -828,20 +829,20 @@ def load_folder(data, data_dir, size):
     data.folder, data.name, data.source, files = True, folder.name, str(folder), image_files(folder)
     stats = [(file, os.stat(folder / file)) for file in files]
     key = zlib.crc32(ascii([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]).encode())
-    cache = data_dir / f"{folder.name}-{size}-{key:08x}.pixels"
-    if not cache.with_suffix(".json").exists():
+    pixels, about = [data_dir / f"{folder.name}-{size}-{key:08x}.{kind}" for kind in ("pixels", "about.json")]
+    if not about.exists():
         data_dir.mkdir(parents=True, exist_ok=True)
-        found = dict(labels=[], left_out=[], grey=True)
-        write(cache, decode(folder, files, size, found))
-        write(cache.with_suffix(".json"), [json.dumps(found).encode()])
-    found = json.loads(cache.with_suffix(".json").read_text())
+        found = dict(labels=[], left_out=[], grey=True, crc=0)
+        write(pixels, decode(folder, files, size, found))
+        write(about, [json.dumps(found).encode()])
+    found = json.loads(about.read_text())
     labels, left_out, n = found["labels"], found["left_out"], len(found["labels"])
     if left_out:
         say(f"left out {len(left_out)} of {len(files)} files that can't be read as images: {', '.join(left_out[:5])}")
     need(n >= 2, f"{folder} holds {n} images: at least 2 are needed (one is held out)")
-    images, tests = torch.from_numpy(np.memmap(cache, np.uint8, "c", shape=(n, 3, size, size))), max(1, n // 10)
+    images, tests = torch.from_numpy(np.memmap(pixels, np.uint8, "c", shape=(n, 3, size, size))), max(1, n // 10)
     data.test, data.train = images[:, :1 if found["grey"] else 3].split([tests, n - tests])
-    data.classes, data.fingerprint = sorted({label for label in labels if label}), found["fingerprint"]
+    data.classes, data.fingerprint = sorted(set(labels) - {""}), f"{n}-{found['crc']:08x}"
     labels = torch.tensor([data.classes.index(label) if label else -1 for label in labels])
     data.test_labels, data.train_labels = labels.split([tests, n - tests])
 
@@ -869,19 +870,17 @@ def decode(folder, files, size, found):
     workers = min(16, cpus) if len(files) > 1000 else 0                             # to start them takes a while
     images = torch.utils.data.DataLoader([str(folder / file) for file in files], batch_size=None, num_workers=workers,
                                          collate_fn=functools.partial(square, size=size))
-    crc = 0
     for i, (file, image) in enumerate(zip(files, images)):
         name = os.fsencode(file).decode(errors="backslashreplace")
         if image is None:
             found["left_out"].append(name)
         else:
             pixels = image.tobytes()
-            crc = zlib.crc32(pixels, crc)
+            found["crc"] = zlib.crc32(pixels, found["crc"])
             found["labels"].append(name.split(os.sep)[0] if os.sep in name else "")
             found["grey"] = found["grey"] and bool((image == image[:1]).all())
             yield pixels
         progress("decoding", i, i + 1, len(files))
-    found["fingerprint"] = f"{len(found['labels'])}-{crc:08x}"
 
 
 def square(file, size):
@@ -934,7 +933,7 @@ def prepare(given, device):
         data = load_data(given.get("data"), given.get("data_dir", "data"), given.get("size", 32))
         config = complete(given, data, device)
         out = pathlib.Path(given.get("out", f"runs/{config['model']}-{data.name}"))
-        need(not (out / "checkpoint.pt").exists(), f"{out} already holds a run: --resume it, or choose another --out")
+        need(not any(out.glob("*.pt")), f"{out} already holds a run: --resume it, or choose another --out")
         try:
             run = Run(config, device, out, data)
             run.diffusion.loss_simple(run.net, run.tests(1)[0])
@@ -968,14 +967,14 @@ def find_data(run, given):
 def load(path, device):
     """The run in a checkpoint; one line where there is none or it can't be read."""
     need(path.exists(), f"no checkpoint in {path.parent}: train first, or name the run with --out")
-    previous = path.with_suffix(".previous.pt")
+    previous = path.with_name("checkpoint.previous.pt")
     advice = f"; the one before is {previous}: copy it there" if previous.exists() else ""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):          # the file is not to blame
         raise
     except Exception:
-        need(False, f"{path} is damaged or not a checkpoint{advice}")
+        need(False, f"{path} is damaged or no checkpoint{advice}")
     try:
         run = Run(state["config"], device, path.parent)
         run.step, run.rows = state["step"], state["rows"]
@@ -991,12 +990,10 @@ def load(path, device):
 
 
 def load_run(given, device):
-    """The run to use. Its weights are the last ones, unless older ones had a better held-out bound."""
+    """The run to use, with the weights of the best held-out bound, or the last ones before there is one."""
     out = find_folder(given)
-    path, run = out / "checkpoint.pt", load(out / "checkpoint.pt", device)
-    bits = [row["test_bits"] for row in run.rows if row["test_bits"] != ""]
-    if bits and min(bits) < bits[-1] and (out / "best.pt").exists():
-        path, run = out / "best.pt", load(out / "best.pt", device)
+    path = out / "best.pt" if (out / "best.pt").exists() else out / "checkpoint.pt"
+    run = load(path, device)
     say(f"EMA weights of step {run.step}, from {path}")
     classes, config = run.config["classes"], run.config
     means = dict(eta=not run.discrete, variance=not run.discrete, temperature=run.discrete, prompt=run.text,
@@ -1065,7 +1062,7 @@ def attempt(save, *arguments):
 
 def progress(what, before, done, total):
     """A line for each tenth of a long work."""
-    if done == total or done * 10 // total > before * 10 // total:
+    if done * 10 // total > before * 10 // total:
         say(f"{what} {done} of {total}")
 
 
@@ -1135,9 +1132,8 @@ def main(argv=None):
             need(WORLD == 1 or not gone, f"another process has ended ({line[:100]})")
             raise                           # a mistake in the code keeps its traceback
     except SystemExit as end:
-        if end.code and store is not None and store.add("faults", 1) > 1:        # another process has said it
-            raise SystemExit(1) from None
-        raise end from None
+        faults = store.add("faults", 1) if store is not None and end.code else 1
+        raise SystemExit(end.code if faults == 1 else 1) from None               # else another process has said it
 
 
 if __name__ == "__main__":

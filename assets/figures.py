@@ -173,10 +173,10 @@ def terms(run, bound, path):
 
 
 @torch.no_grad()
-def lossy(run, data, grid, path):
+def lossy(run, grid, path):
     """lossy.png: what a receiver who has x_t guesses, for test images (rows) and falling t (columns); then the data."""
     torch.manual_seed(0)
-    x0, y = train.test_examples(run, data, 8)
+    x0, y = run.tests(8)
     columns, times = [], [grid[i] for i in torch.linspace(len(grid) - 1, 0, 9).long().tolist()]
     for t in times:
         guess = run.diffusion.p_sample(run.model(y), run.diffusion.q_sample(x0, t), t)[1]  # x0_hat, or log p(x_0|x_t)
@@ -196,13 +196,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.run:
         given = dict(out=str(args.run), data_dir=args.data_dir)
-        run, out = train.load_run(given, torch.device("cpu"))
+        run = train.load_run(given, torch.device("cpu"))
+        out = run.out
         if not (out / "eval.json").exists():
             sys.exit(f"figures.py: no eval.json in {out}: python train.py --out {out} --eval comes first")
         bound = json.loads((out / "eval.json").read_text())
         terms(run, bound, out / "terms.png")
         if not run.text:
-            lossy(run, train.find_data(run, given, out), bound["steps"], out / "lossy.png")
+            train.find_data(run, given)
+            lossy(run, bound["steps"], out / "lossy.png")
         return
     image = train.load_data(None, args.data_dir).test[:1]
     torch.manual_seed(0)
