@@ -195,7 +195,7 @@ def build(config):
 
 
 class Run:
-    """A configuration with the network and the diffusion that it describes, its folder `out`, and what follows.
+    """A configuration with the network and the diffusion that it describes, the run's folder `out` and its data.
     net is trained; ema, the moving average of its weights, makes the samples and the bounds."""
 
     def __init__(self, config, device, out, data=None):
@@ -423,8 +423,8 @@ def train(given, device):
     network = compiled(run, *batch(run, examples, labels))
     lock = begin(run) if RANK == 0 else None
     with contextlib.ExitStack() as stack:
-        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:   # Windows: no SIGHUP
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:               # nohup ignores it
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:      # not on Windows
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:         # nohup ignores it
                 before = signal.signal(number, lambda number, frame: run.signals.append(number))
                 stack.callback(signal.signal, number, before)
         loop(run, network, examples, labels)
@@ -500,7 +500,7 @@ def loop(run, network, examples, labels):
             since, clock = run.step, time.monotonic()
         if RANK == 0 and (save or stop or best):
             saved = attempt(save_checkpoint, run, best)
-            need(saved or not (last or stop), f"{run.out / 'checkpoint.pt'} can't be written: the last steps are lost")
+            need(saved or not (last or stop), f"{run.out}/checkpoint.pt can't be written: the last steps are lost")
         need(not stop, f"stopped at step {run.step}{', the last' if last else '; go on with --resume'}")
 
 
@@ -590,7 +590,7 @@ def any_process(signals):
 
 @torch.no_grad()
 def draw(run, model, n, steps, confident=False, **how):
-    """n samples on the CPU, and about twenty pairs (s, xs) on the way to them."""
+    """n samples on the CPU, and a film of them: about twenty states on the way."""
     film, steps, shape = [], run.diffusion.timesteps(steps), (n, *run.config["shape"])
     if confident:
         x0 = run.diffusion.sample_any_order(model, shape, "confident", **how).cpu()
@@ -662,7 +662,7 @@ def save_samples(run, x0, film=(), y=None):
 
 
 def grid_picture(images, columns=None, least=0):
-    """uint8 (N, C, H, W) as one picture, square-ish if the columns are not given, doubled if narrower than `least`."""
+    """uint8 (N, C, H, W) as one picture, square-ish if no columns are given, doubled if narrower than `least`."""
     columns = columns or math.ceil(len(images) ** 0.5)
     grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
     picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
@@ -1002,7 +1002,7 @@ def load_run(given, device):
     for name in means.keys() & given.keys():
         need(means[name], f"--{name} has no meaning for the run in {out}, which is of {config['model']} on "
              f"{config['data']} with{'' if classes else 'out'} --labels")
-    need(not {"confident", "sample_steps"} <= given.keys(), "--confident takes a step a place: leave --sample-steps out")
+    need(not {"confident", "sample_steps"} <= given.keys(), "--confident takes a step a place: no --sample-steps")
     names = ", ".join(f"{i} {name}" for i, name in enumerate(classes))
     need(given.get("label", 0) < max(1, len(classes)), f"--label must be one of {names}, got {given.get('label')}")
     if "variance" in given:
@@ -1109,7 +1109,7 @@ def command(given, store):
 
 def main(argv=None):
     """Do what the command line says; every foreseeable fault ends in one line, which one process says."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))    # closed by >&-
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed by >&-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                      # what the terminal can't show is written out
             stream.reconfigure(errors="backslashreplace")
