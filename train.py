@@ -933,7 +933,8 @@ def prepare(given, device):
         data = load_data(given.get("data"), given.get("data_dir", "data"), given.get("size", 32))
         config = complete(given, data, device)
         out = pathlib.Path(given.get("out", f"runs/{config['model']}-{data.name}"))
-        need(not any(out.glob("*.pt")), f"{out} already holds a run: --resume it, or choose another --out")
+        done = (out / "checkpoint.pt").exists() or (out / "best.pt").exists()
+        need(not done, f"{out} already holds a run: --resume it, or choose another --out")
         try:
             run = Run(config, device, out, data)
             run.diffusion.loss_simple(run.net, run.tests(1)[0])
