@@ -20,10 +20,8 @@ import math
 import os
 import pathlib
 import pydoc_data.topics
-import shutil
 import signal
 import socket
-import string
 import sys
 import time
 import zlib
@@ -784,7 +782,7 @@ def load_torchvision(data, data_dir):
 
 def load_glyphs(data):
     """Grey 28 x 28 letters and digits: matplotlib's fonts, turned, scaled, sheared and moved a little at random."""
-    data.classes, cells = list(string.ascii_uppercase + string.ascii_lowercase + string.digits), []
+    data.classes, cells = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"), []
     for file in sorted(set(FONTS.glob("DejaVuS[ae]*.ttf")) - set(FONTS.glob("*Display.ttf"))):     # Sans, Serif
         font = ImageFont.truetype(str(file), 40)
         for c in data.classes:
@@ -1031,7 +1029,7 @@ def link(path, name):
     try:
         os.link(path, name)
     except OSError:
-        shutil.copyfile(path, name)
+        name.write_bytes(path.read_bytes())
 
 
 def write(path, pieces):
