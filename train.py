@@ -207,6 +207,8 @@ class Run:
         # Cards before compute capability 8 only emulate bfloat16.
         self.bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         self.optimizers = optimizers(self.net, config, self.bf16)
+        numbers = math.prod(config["shape"]) * (diffusion.K if self.discrete else 1)      # in an example
+        self.chunk = min(64 if device.type == "cpu" else 512, max(1, 2 ** 26 // numbers))  # examples at once
         self.step, self.rows, self.signals = 0, [], []                     # rows of log.csv; signals to stop
 
     def call(self, net, xt, t, y=None, exact=False):
@@ -295,7 +297,7 @@ def batch(run, examples, labels=None):
 def times(run):
     """t of a whole batch, int64 (B,) in 1..T. Papers: uniform. Recipe: stratified, and skewed for v.
     One t in each of B equal shares gives the same mean loss with less noise. For v the shares are in proportion to
-    1/2 + alpha_bar_t: the error of eps is alpha_bar_t times that of v, so that small t, where the bits are spent, come
+    1/2 + alpha_bar_t: the error of eps is alpha_bar_t times that of v, so small t, where the bits are spent, come
     thrice as often as the largest, which decide the coarsest features of an image."""
     B, T, device = run.config["batch_size"], run.config["timesteps"], run.device
     if run.config["plain"]:
@@ -319,7 +321,7 @@ def objective(run, model, x0, t, noise):
     if run.discrete:                        # for text the cross-entropy, which is less noisy than the bound
         return (diffusion.loss_simple(model, x0, t, noise) if run.text else
                 weights(diffusion.transition)[t - 1] * diffusion.loss_vlb(model, x0, t, noise))
-    # Learn the variance of steps as long as those of --eval. The bound's slope in it goes as log(beta / beta_tilde)^2,
+    # Learn the variance of steps as long as --eval's. The bound's slope in it goes as log(beta / beta_tilde)^2,
     # about 1 / t^2: under one weight it would be learnt at small t alone. So this rises from the paper's 1e-3 to 1.
     s = (t - math.ceil(T / 100)).clamp(min=1).minimum(t - 1)
     return diffusion.loss_hybrid(model, x0, t, noise, s, 1e-3 + (t / T) ** 2)
@@ -328,7 +330,7 @@ def objective(run, model, x0, t, noise):
 @functools.cache
 def weights(transition):
     """(T,): what the terms of D3PM's bound on images are multiplied with, 1 on average; under masks all are 1.
-    L_t goes with the information on x_0 that step t destroys, here in one place and for even x_0. Under Gaussian noise
+    L_t goes with the information on x_0 that step t destroys, here of one place and even x_0. Under Gaussian noise
     a fifth of the steps destroys three quarters of it (16 levels) or more, and what is left after them, the coarse
     features, would hardly be learnt. Divided by its root the terms are more alike, as under L_simple, without w."""
     def entropy(p):
@@ -347,7 +349,7 @@ class Muon(torch.optim.Optimizer):
     The averaged gradient has a few large singular values; set to 1, the rare directions learn as fast. Times
     0.2 sqrt(longer side) the step is of Adam's size and can have Adam's learning rate (Liu et al. 2025, 2502.16982).
     A convolution is the matrix (out, in height width). torch.optim.Muon takes 2 D weights alone and multiplies
-    them in bfloat16, which most CPUs lack: there this one, in float32 and all of a size at once, is tenfold faster."""
+    them in bfloat16, which most CPUs lack: in float32 and all of a size at once, this one is tenfold faster there."""
 
     def __init__(self, weights, lr, dtype=torch.float32):
         sizes = {}
@@ -419,10 +421,11 @@ def train(given, device):
     examples = run.examples(data.train.to(device) if data.train.nbytes < 1e9 else data.train)
     labels = data.train_labels.to(examples.device) if run.config["classes"] else None
     network = compiled(run, *batch(run, examples, labels))
-    lock = begin(run) if RANK == 0 else None
+    if RANK == 0:
+        begin(run)
     with contextlib.ExitStack() as stack:
-        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:      # not on Windows
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:         # nohup ignores it
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows lacks it
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:     # nohup ignores it
                 before = signal.signal(number, lambda number, frame: run.signals.append(number))
                 stack.callback(signal.signal, number, before)
         loop(run, network, examples, labels)
@@ -431,19 +434,17 @@ def train(given, device):
     if RANK == 0:
         attempt(loss_figure, run)
         sample(run, 16 if run.text else 64, {})
-        lock.close()
     return run
 
 
 def begin(run):
-    """The run's folder for this process alone, with config.json and an image on its way to noise, and two lines that
-    say what is trained. -> the folder's lock, which goes when the process ends"""
+    """The run's folder, locked, with config.json and an image on its way to noise; two lines say what is trained."""
     config, data, out, T = run.config, run.data, run.out, run.diffusion.T
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "w")
+    run.lock = open(out / ".lock", "w")     # held as long as the run, or the process, lives
     try:
         import fcntl
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         need(False, f"another run is being written to {out}: choose another --out")
     except (ImportError, OSError):          # on Windows and on a file system without locks two runs aren't told apart
@@ -458,7 +459,6 @@ def begin(run):
         x0 = run.states(data.test[:1].to(run.device))
         noisy = torch.cat([run.diffusion.q_step(x0, 0, i * T // 9) for i in range(10)])
         attempt(grid_picture(run.pictures(noisy), 10, least=400).save, out / "forward.png")
-    return lock
 
 
 def loop(run, network, examples, labels):
@@ -549,10 +549,10 @@ def held_out(run):
     n, steps = (4, 64) if run.text else (16, 20)
     try:
         bits = run.diffusion.bits_per_dim(run.model(y, exact=True), x0, 100)["total"].mean().item()
-        x0, _ = draw(run, run.model(run.labels(n)), n, steps)
+        film = draw(run, run.model(run.labels(n)), n, steps)
     except KeyboardInterrupt:
         return ""
-    attempt(save_samples, run, x0)
+    attempt(save_samples, run, film[-1])
     return bits
 
 
@@ -588,24 +588,23 @@ def any_process(signals):
 
 @torch.no_grad()
 def draw(run, model, n, steps, confident=False, **how):
-    """n samples on the CPU, and a film of them: about twenty states on the way."""
+    """A film of n samples, on the CPU: about twenty states on the way to them, and last they themselves."""
     film, steps, shape = [], run.diffusion.timesteps(steps), (n, *run.config["shape"])
     if confident:
-        x0 = run.diffusion.sample_any_order(model, shape, "confident", **how).cpu()
-        return x0, [x0]
+        return [run.diffusion.sample_any_order(model, shape, "confident", **how).cpu()]
     for i, (s, xs, _) in enumerate(run.diffusion.sample_progressive(model, shape, steps, **how)):
         if s == 0 or i % max(1, (len(steps) + 1) // 20) == 0:
             film.append(xs.cpu())
-    return film[-1], film
+    return film
 
 
-def chunks(run, n, what):
-    """0..n-1 in slices that are sampled or measured at a time, with a line for each tenth."""
-    numbers = math.prod(run.config["shape"]) * (run.diffusion.K if run.discrete else 1)
-    size = min(64 if run.device.type == "cpu" else 512, max(1, 2 ** 26 // numbers))
+def chunks(n, size, what):
+    """0..n-1 in slices of a size, with a line for each tenth that is done."""
     for first in range(0, n, size):
-        yield slice(first, min(first + size, n))
-        progress(what, first, min(first + size, n), n)
+        end = min(first + size, n)
+        yield slice(first, end)
+        if end * 10 // n > first * 10 // n:
+            say(f"{what} {end} of {n}")
 
 
 def sample(run, n, given):
@@ -617,10 +616,10 @@ def sample(run, n, given):
     y, samples, film = run.labels(n), [], []
     if "label" in given:
         y = torch.full_like(y, given["label"])
-    for part in chunks(run, n, "sampled"):
+    for part in chunks(n, run.chunk, "sampled"):
         model = run.model(None if y is None else y[part], given.get("guidance", 0), given.get("temperature", 1))
-        x0, frames = draw(run, model, part.stop - part.start, steps, **how)
-        samples.append(x0)
+        frames = draw(run, model, part.stop - part.start, steps, **how)
+        samples.append(frames[-1])
         film = film or frames
     save_samples(run, torch.cat(samples), film, y)
 
@@ -680,7 +679,7 @@ def text_picture(texts, columns=64):
 def bounds(run, x0, y, steps, guidance):
     """bits_per_dim of x0 given y, in chunks: each entry (B, ...), float64."""
     parts = []
-    for part in chunks(run, len(x0), "bounds"):
+    for part in chunks(len(x0), run.chunk, "bounds"):
         model = run.model(None if y is None else y[part], guidance, exact=True)
         parts.append(run.diffusion.bits_per_dim(model, x0[part], steps))
     return {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}
@@ -868,7 +867,7 @@ def decode(folder, files, size, found):
     workers = min(16, cpus) if len(files) > 1000 else 0                             # to start them takes a while
     images = torch.utils.data.DataLoader([str(folder / file) for file in files], batch_size=None, num_workers=workers,
                                          collate_fn=functools.partial(square, size=size))
-    for i, (file, image) in enumerate(zip(files, images)):
+    for _, file, image in zip(chunks(len(files), 1, "decoding"), files, images):
         name = os.fsencode(file).decode(errors="backslashreplace")
         if image is None:
             found["left_out"].append(name)
@@ -878,7 +877,6 @@ def decode(folder, files, size, found):
             found["labels"].append(name.split(os.sep)[0] if os.sep in name else "")
             found["grey"] = found["grey"] and bool((image == image[:1]).all())
             yield pixels
-        progress("decoding", i, i + 1, len(files))
 
 
 def square(file, size):
@@ -946,8 +944,8 @@ def prepare(given, device):
 def find_data(run, given):
     """Gives a run its data, unchanged; or, to measure it on, other data of its kind."""
     config, out = run.config, run.out
-    data = load_data(given.get("data", config["data"]), given.get("data_dir", "data"), config.get("size", 32))
-    run.data = data
+    run.data = load_data(given.get("data", config["data"]), given.get("data_dir", "data"), config.get("size", 32))
+    data = run.data
     if (data.fingerprint, data.chars) == (config["fingerprint"], config["chars"]):
         return
     need("eval" in given and data.source != config["data"],
@@ -970,10 +968,9 @@ def load(path, device):
     advice = f"; the one before is {previous}: copy it there" if previous.exists() else ""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):          # the file is not to blame
+    except Exception as error:              # a full memory or a broken disk is no damage of the file
+        need(isinstance(error, (OSError, MemoryError)), f"{path} is damaged or no checkpoint{advice}")
         raise
-    except Exception:
-        need(False, f"{path} is damaged or no checkpoint{advice}")
     try:
         run = Run(state["config"], device, path.parent)
         run.step, run.rows = state["step"], state["rows"]
@@ -982,9 +979,9 @@ def load(path, device):
         for optimizer, moments in zip(run.optimizers, state["optimizer"], strict=True):
             optimizer.load_state_dict(moments)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        if "out of memory" in str(error):
-            raise
-        need(False, f"{path} is of another version of train.py, or no checkpoint of it ({first_line(error)})")
+        need("out of memory" in str(error),
+             f"{path} is of another version of train.py, or no checkpoint of it ({first_line(error)})")
+        raise
     return run
 
 
@@ -1059,12 +1056,6 @@ def attempt(save, *arguments):
 
 # ---------------------------------------------------------------- what was asked for
 
-def progress(what, before, done, total):
-    """A line for each tenth of a long work."""
-    if done * 10 // total > before * 10 // total:
-        say(f"{what} {done} of {total}")
-
-
 def first_line(error):
     """What an exception says, in one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -1126,8 +1117,7 @@ def main(argv=None):
             gone = isinstance(error, RuntimeError) and ("gloo" in text or isinstance(error, dist.DistError))
             need(not isinstance(error, KeyboardInterrupt), "interrupted")
             need(not isinstance(error, OSError), f"{path}: {error.strerror}" if path else line)
-            need(not memory,
-                 f"out of memory: try a smaller --batch-size, or --accumulate 2 for the same batch ({line[:100]})")
+            need(not memory, f"out of memory: try a smaller --batch-size, or --accumulate 2 ({line[:100]})")
             need(WORLD == 1 or not gone, f"another process has ended ({line[:100]})")
             raise                           # a mistake in the code keeps its traceback
     except SystemExit as end:
