@@ -570,7 +570,7 @@ def compiled(run, x0, t, noise, y):
         run.call(fast, noise[:n], t[:n], None if y is None else y[:n]).float().mean().backward()
         return fast
     except Exception as error:
-        if out_of_memory(error):
+        if "out of memory" in str(error):
             raise
         say(f"going on uncompiled: {first_line(error)[:100]}")
         return network
