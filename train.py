@@ -434,6 +434,7 @@ def train(given, device):
     if RANK == 0:
         attempt(loss_figure, run)
         sample(run, 16 if run.text else 64, {})
+        run.lock.close()
     return run
 
 
@@ -441,7 +442,7 @@ def begin(run):
     """The run's folder, locked, with config.json and an image on its way to noise; two lines say what is trained."""
     config, data, out, T = run.config, run.data, run.out, run.diffusion.T
     out.mkdir(parents=True, exist_ok=True)
-    run.lock = open(out / ".lock", "w")     # held as long as the run, or the process, lives
+    run.lock = open(out / ".lock", "w")     # it goes when the process ends
     try:
         import fcntl
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
