@@ -421,38 +421,40 @@ def train(given, device):
     examples = run.examples(data.train.to(device) if data.train.nbytes < 1e9 else data.train)
     labels = data.train_labels.to(examples.device) if run.config["classes"] else None
     network = compiled(run, *batch(run, examples, labels))
-    if RANK == 0:
-        begin(run)
     with contextlib.ExitStack() as stack:
+        if RANK == 0:
+            stack.enter_context(begin(run))
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows lacks it
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:     # nohup ignores it
                 before = signal.signal(number, lambda number, frame: run.signals.append(number))
                 stack.callback(signal.signal, number, before)
         loop(run, network, examples, labels)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if RANK == 0:
-        attempt(loss_figure, run)
-        sample(run, 16 if run.text else 64, {})
-        run.lock.close()
+        if WORLD > 1:
+            dist.destroy_process_group()
+        if RANK == 0:
+            attempt(loss_figure, run)
+            classes = len(run.config["classes"])
+            sample(run, 16 if run.text else classes * max(2, 64 // classes) if classes else 64, {})
     return run
 
 
 def begin(run):
-    """The run's folder, locked, with config.json and an image on its way to noise; two lines say what is trained."""
+    """The run's folder with config.json and an image on its way to noise; two lines say what is trained. -> its lock,
+    open as long as no other process may write there"""
     config, data, out, T = run.config, run.data, run.out, run.diffusion.T
     out.mkdir(parents=True, exist_ok=True)
-    run.lock = open(out / ".lock", "w")     # it goes when the process ends
+    lock = open(out / ".lock", "w")
     try:
         import fcntl
-        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         need(False, f"another run is being written to {out}: choose another --out")
     except (ImportError, OSError):          # on Windows and on a file system without locks two runs aren't told apart
         pass
     write(out / "config.json", [json.dumps(config, indent=1).encode()])
     say(f"{config['model']} on {data.name} ({len(data.train):,} {'characters' if run.text else 'images'}), "
-        f"{sum(p.numel() for p in run.net.parameters()) / 1e6:.2f} million parameters, {run.device} x {WORLD}, "
+        f"{sum(p.numel() for p in run.net.parameters()) / 1e6:.2f} million parameters, "
+        f"{run.device}{f' x {WORLD}' if WORLD > 1 else ''}, "
         f"batch {config['batch_size']}, steps {run.step} to {config['steps']} -> {out}")
     say(f"yardsticks: {yardsticks(run)}; samples and bounds use the EMA weights")
     if not run.text:
@@ -460,6 +462,7 @@ def begin(run):
         x0 = run.states(data.test[:1].to(run.device))
         noisy = torch.cat([run.diffusion.q_step(x0, 0, i * T // 9) for i in range(10)])
         attempt(grid_picture(run.pictures(noisy), 10, least=400).save, out / "forward.png")
+    return lock
 
 
 def loop(run, network, examples, labels):
@@ -772,8 +775,12 @@ def load_data(source, data_dir, size=32):
 
 def load_torchvision(data, data_dir):
     """Files that are there, else torchvision's download, which is given up when no byte comes for some seconds."""
-    cls = getattr(torchvision.datasets, TORCHVISION[data.name])
-    splits = [cls(data_dir, train=train, download=True) for train in (True, False)]
+    cls, patience = getattr(torchvision.datasets, TORCHVISION[data.name]), socket.getdefaulttimeout()
+    socket.setdefaulttimeout(7)             # torchvision tries two addresses
+    try:
+        splits = [cls(data_dir, train=train, download=True) for train in (True, False)]
+    finally:
+        socket.setdefaulttimeout(patience)
     images = [torch.as_tensor(split.data) for split in splits]
     data.train, data.test = [x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous() for x in images]
     data.train_labels, data.test_labels = [torch.as_tensor(split.targets).long() for split in splits]
@@ -1104,7 +1111,6 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                      # what the terminal can't show is written out
             stream.reconfigure(errors="backslashreplace")
-    socket.setdefaulttimeout(7)             # for downloads; torchvision tries two addresses
     store = None
     try:
         if WORLD > 1:
