@@ -938,7 +938,7 @@ def prepare(given, device):
         config = complete(given, data, device)
         out = pathlib.Path(given.get("out", f"runs/{config['model']}-{data.name}"))
         done = (out / "checkpoint.pt").exists() or (out / "best.pt").exists()
-        need(not done, f"{out} already holds a run: --resume it, or choose another --out")
+        need(not done, f"{out} already holds a run: --resume its checkpoint.pt, or choose another --out")
         try:
             run = Run(config, device, out, data)
             run.diffusion.loss_simple(run.net, run.tests(1)[0])
