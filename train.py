@@ -114,7 +114,7 @@ def options(argv=None):
     add("--temperature", type=float, metavar="X", help="of d3pm's guess when sampling (1)")
     add("--confident", action="store_true", help="sample the places it is surest of first")
     add("--label", type=int, metavar="N", help="class of the samples (all, a row each)")
-    add("--guidance", type=float, metavar="W", help="push samples or --eval towards the class (0)")
+    add("--guidance", type=float, metavar="W", help="towards the class, or away from early weights (0)")
     add("--prompt", metavar="TEXT", help="text to complete; _ (or \N{MIDDLE DOT}) is a free place")
     add("--eval", type=int, nargs="?", const=1000, metavar="N", help="bits/dim on N test examples (1000)")
     add("--timesteps", type=int, metavar="T", help="length of the chain (1000; text: --length)")
@@ -194,7 +194,8 @@ def build(config):
 
 class Run:
     """A configuration with the network and the diffusion that it describes, the run's folder `out` and its data.
-    net is trained; ema, the moving average of its weights, makes the samples and the bounds."""
+    net is trained; ema, the moving average of its weights, makes the samples and the bounds; early is that average
+    after an eighth of the steps, which guidance without labels pushes away from."""
 
     def __init__(self, config, device, out, data=None):
         torch.manual_seed(config["seed"])
@@ -203,7 +204,7 @@ class Run:
         self.discrete, self.text = config["model"] == "d3pm", bool(config["chars"])
         self.unit = "bits/char" if self.text else "bits/dim"
         self.net, self.diffusion = net.to(device, memory_format=torch.channels_last), diffusion.to(device)
-        self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.ema, self.early = (copy.deepcopy(self.net).eval().requires_grad_(False) for _ in range(2))
         # Cards before compute capability 8 only emulate bfloat16.
         self.bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         self.optimizers = optimizers(self.net, config, self.bf16)
@@ -217,18 +218,27 @@ class Run:
             return net(xt, t, y)
 
     def model(self, y=None, guidance=0.0, temperature=1.0, exact=False):
-        """ema as a model(xt, t): given labels y, guided, its logits at a temperature; exact: all in float32."""
-        def network(xt, t, y=None):
+        """ema as a model(xt, t): given labels y, guided, its logits at a temperature; exact: all in float32.
+        Without labels guidance is autoguidance (Karras et al. 2024, 2406.02507), away from the early weights: where
+        the two differ, training has mended what was wrong, and more of the same mends more."""
+        def network(xt, t, y=None, net=self.ema):
             if self.signals:                # in training: held_out gives up
                 raise KeyboardInterrupt
-            out = self.call(self.ema, xt, t, y, exact)
+            out = self.call(net, xt, t, y, exact)
             if self.discrete:
                 return out / temperature
             return out if self.diffusion.variance == "learned" else out[:, :self.config["shape"][0]]
 
-        if y is not None and guidance:
-            return (d3pm if self.discrete else ddpm).guided(network, y, guidance)
-        return functools.partial(network, y=y)
+        def autoguided(xt, t):
+            out = network(xt, t)
+            push = guidance * (out - network(xt, t, net=self.early))
+            if not self.discrete:
+                push[:, self.config["shape"][0]:] = 0            # the variance is ema's
+            return out + push
+
+        if not guidance:
+            return functools.partial(network, y=y)
+        return autoguided if y is None else (d3pm if self.discrete else ddpm).guided(network, y, guidance)
 
     def states(self, x):
         """uint8 images or numbers of characters as the diffusion takes them: [-1, 1] for ddpm, int64 for d3pm."""
@@ -318,9 +328,10 @@ def objective(run, model, x0, t, noise):
         return diffusion.loss_simple(model, x0, t, noise)
     if config["plain"]:
         return diffusion.loss_hybrid(model, x0, t, noise)
-    if run.discrete:                        # for text the cross-entropy, which is less noisy than the bound
-        return (diffusion.loss_simple(model, x0, t, noise) if run.text else
-                weights(diffusion.transition)[t - 1] * diffusion.loss_vlb(model, x0, t, noise))
+    if run.text:                            # under masks T / t times the cross-entropy is the bound: halfway to it
+        return (T / t) ** 0.5 * diffusion.loss_simple(model, x0, t, noise)
+    if run.discrete:
+        return weights(diffusion.transition)[t - 1] * diffusion.loss_vlb(model, x0, t, noise)
     # Learn the variance of steps as long as --eval's. The bound's slope in it goes as log(beta / beta_tilde)^2,
     # about 1 / t^2: under one weight it would be learnt at small t alone. So this rises from the paper's 1e-3 to 1.
     s = (t - math.ceil(T / 100)).clamp(min=1).minimum(t - 1)
@@ -522,6 +533,8 @@ def train_step(run, network, x0, t, noise, y):
             group["lr"] = lr
         optimizer.step()
     average(run.ema, run.net, run.step)
+    if run.step < run.config["steps"] // 8:
+        average(run.early, run.net, run.step)
     return torch.cat(losses), lr
 
 
@@ -697,17 +710,17 @@ def evaluate(run, n, given):
     bits = bounds(run, x0, y, grid, guidance)
     total, prior, terms, error = (part.mean(0) for part in bits.values())
     spread = f" +- {bits['total'].std() / n ** 0.5:.4f}" if n > 1 else ""
-    told = "" if y is None else f", given their labels{f' with guidance {guidance:g}' if guidance else ''}"
+    told = ("" if y is None else ", given their labels") + (f", with guidance {guidance:g}" if guidance else "")
     quarters = " ".join(f"{quarter.sum():.4f}" if len(quarter) else "-" for quarter in terms[1:].tensor_split(4))
     say(f"{run.config['model']} on {run.data.name}: {total:.4f} {run.unit}{spread} on {n} test examples, "
         f"{len(grid)} steps{told}\n  L_T {prior:.4f}\n"
         f"  L_t {terms[1:].sum():.4f} in {len(grid) - 1} terms, by quarter of t: {quarters}\n  L_0 {terms[0]:.4f}\n"
         f"  yardsticks: {yardsticks(run)}")
     record = dict(total=total.item(), prior=prior.item(), steps=grid, terms=terms.tolist(),
-                  x0_mse_or_error=error.tolist(), examples=n, unit=run.unit)
+                  x0_mse_or_error=error.tolist(), examples=n, unit=run.unit, guidance=guidance)
     if y is not None:
         without = bounds(run, x0, None, grid, 0)["total"].mean().item()
-        record |= dict(guidance=guidance, total_without_labels=without)
+        record |= dict(total_without_labels=without)
         say(f"  without labels {without:.4f} {run.unit}")
     write(run.out / "eval.json", [json.dumps(record).encode()])
     say(f"  written: {run.out / 'eval.json'}; python assets/figures.py {run.out} draws it")
@@ -984,6 +997,7 @@ def load(path, device):
         run.step, run.rows = state["step"], state["rows"]
         run.net.load_state_dict(state["model"])
         run.ema.load_state_dict(state["ema"])
+        run.early.load_state_dict(state["early"])
         for optimizer, moments in zip(run.optimizers, state["optimizer"], strict=True):
             optimizer.load_state_dict(moments)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -1001,7 +1015,7 @@ def load_run(given, device):
     say(f"EMA weights of step {run.step}, from {path}")
     classes, config = run.config["classes"], run.config
     means = dict(eta=not run.discrete, variance=not run.discrete, temperature=run.discrete, prompt=run.text,
-                 confident=config.get("transition") == "absorbing", label=classes, guidance=classes,
+                 confident=config.get("transition") == "absorbing", label=classes,
                  model=given.get("model") == config["model"])
     for name in means.keys() & given.keys():
         need(means[name], f"--{name} has no meaning for the run in {out}, which is of {config['model']} on "
@@ -1019,8 +1033,8 @@ def load_run(given, device):
 def save_checkpoint(run, best):
     """checkpoint.pt, the one before as checkpoint.previous.pt, and the best so far as best.pt."""
     buffer, path = io.BytesIO(), run.out / "checkpoint.pt"
-    torch.save(dict(model=run.net.state_dict(), ema=run.ema.state_dict(), step=run.step, config=run.config,
-                    rows=run.rows, optimizer=[optimizer.state_dict() for optimizer in run.optimizers]), buffer)
+    torch.save(dict(model=run.net.state_dict(), ema=run.ema.state_dict(), early=run.early.state_dict(), step=run.step,
+                    config=run.config, rows=run.rows, optimizer=[o.state_dict() for o in run.optimizers]), buffer)
     if path.exists():
         link(path, run.out / "checkpoint.previous.pt")
     write(path, [buffer.getbuffer()])
