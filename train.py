@@ -219,8 +219,8 @@ class Run:
 
     def model(self, y=None, guidance=0.0, temperature=1.0, exact=False):
         """ema as a model(xt, t): given labels y, guided, its logits at a temperature; exact: all in float32.
-        Without labels guidance is autoguidance (Karras et al. 2024, 2406.02507), away from the early weights: where
-        the two differ, training has mended what was wrong, and more of the same mends more."""
+        Without labels it is autoguided (Karras et al. 2024, 2406.02507): pushed away from the early weights, whose
+        errors are much like those of ema, only larger."""
         def network(xt, t, y=None, net=self.ema):
             if self.signals:                # in training: held_out gives up
                 raise KeyboardInterrupt
@@ -720,7 +720,7 @@ def evaluate(run, n, given):
                   x0_mse_or_error=error.tolist(), examples=n, unit=run.unit, guidance=guidance)
     if y is not None:
         without = bounds(run, x0, None, grid, 0)["total"].mean().item()
-        record |= dict(total_without_labels=without)
+        record["total_without_labels"] = without
         say(f"  without labels {without:.4f} {run.unit}")
     write(run.out / "eval.json", [json.dumps(record).encode()])
     say(f"  written: {run.out / 'eval.json'}; python assets/figures.py {run.out} draws it")
@@ -1020,6 +1020,9 @@ def load_run(given, device):
     for name in means.keys() & given.keys():
         need(means[name], f"--{name} has no meaning for the run in {out}, which is of {config['model']} on "
              f"{config['data']} with{'' if classes else 'out'} --labels")
+    eighth = config["steps"] // 8
+    need(classes or not given.get("guidance") or run.step > eighth, "--guidance without labels pushes away from the "
+         f"weights of step {eighth}, and these are of step {run.step}: train further with --resume")
     need(not {"confident", "sample_steps"} <= given.keys(), "--confident takes a step a place: no --sample-steps")
     names = ", ".join(f"{i} {name}" for i, name in enumerate(classes))
     need(given.get("label", 0) < max(1, len(classes)), f"--label must be one of {names}, got {given.get('label')}")

@@ -387,6 +387,11 @@ def test_early_weights_are_the_average_after_an_eighth(home, monkeypatch):
     state = torch.load(home / "run" / "checkpoint.pt", weights_only=True)
     assert_equal(state["early"], averages[2])
     assert_equal(state["ema"], averages[23])
+    for name in ("checkpoint.pt", "best.pt"):
+        (home / "run" / name).unlink(missing_ok=True)
+    torch.save(state | dict(step=3), home / "run" / "checkpoint.pt")
+    assert "of step 3: train further" in refused(home, "--out", "run", "--sample", 1, "--guidance", 1)
+    assert "of step 3" in run(home, "--out", "run", "--sample", 1, "--guidance", 0, "--sample-steps", 2)
 
 
 @pytest.mark.parametrize("kind, options", [("ddpm", {}), ("ddpm", dict(variance=0.5)), ("d3pm", dict(levels=8))])
