@@ -447,7 +447,7 @@ def _check_scale(x0):
 
 def _labels(y, x, classes=math.inf):
     """y; ValueError unless it is int64 (B,) in -1..classes-1, the numbers not being read on a GPU."""
-    fits = classes and isinstance(y, torch.Tensor) and y.dtype == torch.int64 and y.shape == x.shape[:1]
+    fits = isinstance(y, torch.Tensor) and y.dtype == torch.int64 and y.shape == x.shape[:1]
     if not fits or y.device.type == "cpu" and not ((-1 <= y) & (y < classes)).all():
         raise ValueError(f"labels must be int64 {tuple(x.shape[:1])}, -1 or below the number of classes, {classes}, "
                          "got " + str(y).replace("\n", ""))
@@ -578,8 +578,9 @@ class UNet(nn.Module):
             raise ValueError(f"this U-Net takes (B, {self.channels}, H, W) with H and W divisible by "
                              f"{self.divisor}, got {tuple(x.shape)}")
         emb = self.time(timestep_embedding(t, self.width).to(self.stem.weight.dtype))
-        if self.classes or y is not None:
-            emb = emb + self.label(torch.zeros_like(t) if y is None else 1 + _labels(y, x, self.classes))
+        y = torch.full_like(t, -1) if y is None else _labels(y, x, self.classes)
+        if self.classes:
+            emb = emb + self.label(y + 1)
         x = torch.cat([x, *[wave(w * x) for w in self.waves for wave in (torch.sin, torch.cos)]], dim=1)
         h = self.stem(x)
         skips = [h]
