@@ -313,9 +313,8 @@ def times(run):
     if run.config["plain"]:
         return torch.randint(1, T + 1, (B,), device=device)
     share = (torch.arange(B, device=device) + torch.rand(1, device=device)) / B
-    if run.config.get("prediction") != "v":
-        return (share * T).long().clamp(max=T - 1) + 1
-    mass = (0.5 + run.diffusion.alpha_bar[1:]).float().to(device).cumsum(0)
+    density = 0.5 + run.diffusion.alpha_bar[1:] if run.config.get("prediction") == "v" else torch.ones(T)
+    mass = density.float().to(device).cumsum(0)
     return torch.searchsorted(mass, share * mass[-1], right=True).clamp(max=T - 1) + 1
 
 
