@@ -343,12 +343,10 @@ def weights(transition):
     L_t goes with the information on x_0 that step t destroys, here of one place and even x_0. Under Gaussian noise
     a fifth of the steps destroys three quarters of it (16 levels) or more, and what is left after them, the coarse
     features, would hardly be learnt. Divided by its root the terms are more alike, as under L_simple, without w."""
-    def entropy(p):
-        return -torch.special.xlogy(p, p).sum(-1)
-
     levels = transition.K - (transition.mask is not None)                   # the mask, the last state, is no data
     tables = (transition.matrix(0, t)[:levels] for t in range(transition.T + 1))
-    information = torch.stack([entropy(Q.mean(0)) - entropy(Q).mean() for Q in tables])
+    entropy = torch.special.entr            # -p log p
+    information = torch.stack([entropy(Q.mean(0)).sum() - entropy(Q).sum(1).mean() for Q in tables])
     destroyed = -transition.T * information.diff().clamp(max=0) / information[0]            # 1 on average
     weight = (destroyed + 0.02) ** -0.5
     return (weight / weight.mean()).float().to(transition.device)
