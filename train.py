@@ -492,18 +492,18 @@ def loop(run, network, examples, labels):
         save, stop = last or run.step % config["save_every"] == 0, any_process(run.signals)
         if not (report or save or stop):
             continue
-        row = read(run, sums, since)        # the one place that waits for the device
+        mean, quarters = read(run, sums, since)               # the one place that waits for the device
         if report and RANK == 0:
             rate = (run.step - since) * B / max(time.monotonic() - clock, 1e-9)
             bits = held_out(run) if measure else ""
             best = bits != "" and all(bits <= old["test_bits"] for old in run.rows if old["test_bits"] != "")
-            row |= dict(lr=lr, rate=round(rate, 1), test_bits=bits)
+            row = dict(step=run.step, loss=mean, lr=lr, rate=round(rate, 1), test_bits=bits) | quarters
             run.rows.append(row)
             table = [row, *(old.values() for old in run.rows)]
             attempt(write, run.out / "log.csv", [f"{','.join(map(str, line))}\n".encode() for line in table])
-            quarters = " ".join(f"{row[name]:.3f}" if row[name] != "" else "-" for name in QUARTERS)
+            by_quarter = " ".join(f"{loss:.3f}" if loss != "" else "-" for loss in quarters.values())
             left = datetime.timedelta(seconds=int((steps - run.step) * B / rate))
-            say(f"step {run.step}/{steps}  loss {row['loss']:.4f} (by t {quarters})  {rate:.0f}/s  {left} left"
+            say(f"step {run.step}/{steps}  loss {mean:.4f} (by t {by_quarter})  {rate:.0f}/s  {left} left"
                 + (f"  test {bits:.3f} {run.unit}" if bits != "" else ""))
         if report:
             sums.zero_()
@@ -543,7 +543,7 @@ def average(ema, net, step):
 
 
 def read(run, sums, since):
-    """The mean losses as a row of the log, "" where a quarter of t is empty; the run ends if they are not finite."""
+    """The mean loss, and by quarter of t, "" where one is empty; the run ends if they are not finite."""
     norm = nn.utils.get_total_norm(list(run.net.parameters()))              # a bad gradient of a good loss shows here
     numbers = torch.cat([sums.flatten(), norm.detach()[None]])
     if WORLD > 1:
@@ -551,8 +551,8 @@ def read(run, sums, since):
     *numbers, norm = numbers.tolist()
     need(math.isfinite(sum(numbers) + norm), f"the loss is not finite at step {run.step}, or since step {since + 1}: "
          "the last good checkpoint is kept; try a lower --lr")
-    row = dict(step=run.step, loss=sum(numbers[:4]) / sum(numbers[4:]), lr="", rate="", test_bits="")
-    return row | {name: numbers[i] / numbers[i + 4] if numbers[i + 4] else "" for i, name in enumerate(QUARTERS)}
+    quarters = {name: numbers[i] / numbers[i + 4] if numbers[i + 4] else "" for i, name in enumerate(QUARTERS)}
+    return sum(numbers[:4]) / sum(numbers[4:]), quarters
 
 
 @torch.no_grad()
