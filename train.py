@@ -1,13 +1,14 @@
 """Train, sample and measure the diffusion models of ddpm.py and d3pm.py.
 
     python train.py                                images by DDPM, sized for this machine
-    python train.py --plain                        the same by the papers' recipe, without this file's additions
+    python train.py --plain                        the same closer to the papers: eps, uniform t, Adam
     python train.py --model d3pm --data docs       text by D3PM
     python train.py --sample 64                    new samples from the run's checkpoint
     python train.py --eval                         bits/dim on the test split, term by term
     torchrun --nproc-per-node=8 train.py           the same run on eight devices
 
-In order: options; the run, one batch, the objective, the loop; sampling and evaluation; data and files.
+In order: options; the run, one batch, the objective, the loop; sampling and evaluation; data, files, main.
+To see how a diffusion model learns, read `batch`, `times`, `objective`, `train_step` and `loop` first.
 """
 import argparse
 import contextlib
@@ -27,8 +28,8 @@ import time
 import zlib
 from types import SimpleNamespace
 
-# Threads of a CPU that others use too must soon sleep while they wait: spinning, a run can be ten times slower there.
-# Some microseconds of it (GNU's OpenMP counts turns) spare most sleeps: half as fast again where no one else is.
+# Threads that spin while they wait slow a run up to tenfold on a CPU with other work, so they sleep. A short spin
+# first (3000 turns, GNU's OpenMP) saves most sleeps: 1.5 times as fast on an idle CPU.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
@@ -49,10 +50,15 @@ FONTS = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 TORCHVISION = {"fashion-mnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10"}
 
 
+def fail(message):
+    """The end, in one line and without a traceback: a user's mistake, or the machine's fault."""
+    raise SystemExit(f"train.py: {f'rank {RANK}: ' if WORLD > 1 else ''}{message}")
+
+
 def need(condition, message):
-    """One line and no traceback unless the condition holds: a user's mistake, or the machine's fault."""
+    """Fails with the message unless the condition holds."""
     if not condition:
-        raise SystemExit(f"train.py: {f'rank {RANK}: ' if WORLD > 1 else ''}{message}")
+        fail(message)
 
 
 def say(line):
@@ -63,13 +69,12 @@ def say(line):
 
 # ---------------------------------------------------------------- options
 
-# Sizes by what is trained and where; mps takes the CPU's. On a GPU the U-Net needs 8.5 GFLOP an image, forward and
-# backward, 1.5e16 in all; the Transformer 9.6 an example, 3.7e15 in all, and sees the characters of docs 235 times.
+# Sizes by network and device; mps takes the CPU's. The README has what a GPU's cost in FLOP.
 UNET = {"cpu": dict(width=16, blocks=1, batch_size=24, lr=5e-3, steps=4200),
         "gpu": dict(width=64, blocks=2, batch_size=128, lr=1e-3, steps=14000)}
-TRANSFORMER = {"cpu": dict(width=128, depth=4, batch_size=8, lr=8e-3, steps=8000),
-               "gpu": dict(width=256, depth=6, batch_size=32, lr=2e-3, steps=12000, dropout=0.1)}
-PIXELS = {"cpu": dict(width=20, batch_size=16, steps=1500), "gpu": dict(steps=12000)}  # where d3pm's U-Net differs
+TRANSFORMER = {"cpu": dict(width=128, depth=4, batch_size=8, lr=8e-3, weight_decay=0.1, steps=8000),
+               "gpu": dict(width=256, depth=6, batch_size=32, lr=2e-3, weight_decay=0.1, steps=12000, dropout=0.1)}
+UNET_D3PM = {"cpu": dict(width=20, batch_size=16, steps=1500), "gpu": dict(steps=12000)}     # where it differs
 SCHEDULES = dict(uniform="cosine", absorbing="mutual", gaussian="linear")
 
 # Options of a run that a resumed run must agree with, and those that it may change.
@@ -81,7 +86,7 @@ MEANING = dict(train=["data", "data_dir", "out", "device", "resume", *FIXED, *FR
                sample=("model data out device seed sample sample_steps variance eta temperature prompt "
                        "confident label guidance").split(),
                eval="model data data_dir out device seed eval sample_steps variance guidance".split())
-RANGES = dict(seed=(0, 2 ** 40), eta=(0, 1), variance=(0, 1), levels=(2, 256), lr=(1e-9, 1e3), dropout=(0, 0.9),
+RANGES = dict(seed=(0, 2 ** 31), eta=(0, 1), variance=(0, 1), levels=(2, 256), lr=(1e-9, 1e3), dropout=(0, 0.9),
               temperature=(0.01, 100), label=(0, math.inf), guidance=(-1, 100))
 
 
@@ -91,7 +96,11 @@ def options(argv=None):
         prog="train.py", usage="python train.py [options]", argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=80),
         description="Train a diffusion model; or use one, with --sample or --eval.")
-    p.error, add, path = functools.partial(need, False), p.add_argument, os.path.expanduser
+    p.error, add, path = fail, p.add_argument, os.path.expanduser
+
+    def number_or_learned(text):
+        return text if text == "learned" else float(text)
+
     add("--model", choices=["ddpm", "d3pm"], help="Gaussian or discrete noise (ddpm)")
     add("--data", type=path, metavar="D", help="fashion-mnist, mnist, cifar10, glyphs, docs, a folder of "
         "images or a .txt file (fashion-mnist; glyphs if it can't be had)")
@@ -106,7 +115,7 @@ def options(argv=None):
     add("--device", help="cpu, cuda, cuda:1, mps (the best found)")
     add("--save-every", type=int, metavar="N", help="steps between checkpoints (1000 at most)")
     add("--resume", action="store_true", help="go on with the run in --out, or begin it")
-    add("--plain", action="store_true", help="the papers' recipe: eps, uniform t, Adam")
+    add("--plain", action="store_true", help="closer to the papers: eps, uniform t, Adam")
     add("--labels", action="store_true", help="learn the data set's classes too")
     add("--sample", type=int, metavar="N", help="write N samples of the run in --out")
     add("--sample-steps", type=int, metavar="N", help="of --sample (images 50) and --eval (100)")
@@ -120,8 +129,7 @@ def options(argv=None):
     add("--timesteps", type=int, metavar="T", help="length of the chain (1000; text: --length)")
     add("--schedule", choices=["cosine", "linear", "mutual"], help="betas (cosine; by --transition)")
     add("--prediction", choices=["eps", "x0", "v"], help="what ddpm's network estimates (v)")
-    add("--variance", metavar="V", type=lambda text: text if text == "learned" else float(text),
-        help="of ddpm's reverse step: learned, or 0..1 (learned)")
+    add("--variance", type=number_or_learned, metavar="V", help="of ddpm's steps: learned, or 0..1 (learned)")
     add("--transition", choices=list(SCHEDULES), help="noise of d3pm (gaussian; text: absorbing)")
     add("--levels", type=int, metavar="K", help="grey levels of d3pm's images (256)")
     add("--size", type=int, metavar="N", help="pixels a side, for a folder of images (32)")
@@ -129,40 +137,46 @@ def options(argv=None):
     add("--width", type=int, metavar="N", help="channels of the network (by device)")
     given = vars(p.parse_args(argv))
     uses = [use for use in ("sample", "eval") if use in given] or ["train"]
-    asked = "in training" if uses == ["train"] else "with --" + " --".join(uses)
+    situation = "in training" if uses == ["train"] else "with --" + " --".join(uses)
     for name, value in given.items():
         flag, (low, high) = f"--{name.replace('_', '-')}", RANGES.get(name, (1, math.inf))
         within = type(value) not in (int, float) or low <= value <= high
-        need(any(name in MEANING[use] for use in uses), f"{flag} has no meaning {asked}")
+        need(any(name in MEANING[use] for use in uses), f"{flag} has no meaning {situation}")
         need(within, f"{flag} must lie in {low:g}..{high:g}, got {value}")
     return given
 
 
 def complete(given, data, device):
-    """The whole configuration of a run: what was given, then defaults by model, data and device."""
+    """The whole configuration of a run: defaults by model, data and device, then what was given."""
     model, text, plain = given.get("model", "ddpm"), data.chars is not None, given.get("plain", False)
-    place, length = "gpu" if device.type == "cuda" else "cpu", given.get("length", 256)
+    machine = "gpu" if device.type == "cuda" else "cpu"
     need(model == "d3pm" or not text, f"--data {data.name} is text: it needs --model d3pm")
     need(data.classes or "labels" not in given, f"--labels: {data.name} has no labels")
     config = dict(model=model, data=data.source, fingerprint=data.fingerprint, chars=data.chars, seed=0, plain=plain,
                   labels=False, dropout=0.0, schedule="cosine", mirror=False, accumulate=1)
     if text:
-        config |= TRANSFORMER[place] | dict(length=length, timesteps=length, shape=[length])
-    else:                                   # photos may be mirrored; garments, digits and letters have a side
+        length = given.get("length", 256)
+        config |= TRANSFORMER[machine] | dict(length=length, timesteps=length, shape=[length])
+    else:
         shape, waves = list(data.train.shape[1:]), (2, 4, 6) if model == "ddpm" else (0, 1, 2, 3)
-        config |= UNET[place] | dict(mults=(1, 2, 4), attention=(2,), fourier=() if plain else waves)
-        config |= dict(timesteps=1000, shape=shape, mirror=data.folder or shape[0] == 3)
+        config |= UNET[machine] | dict(mults=(1, 2, 4), attention=(2,), fourier=() if plain else waves)
+        config |= dict(timesteps=1000, shape=shape)
+        config["mirror"] = data.folder or shape[0] == 3          # photos may be; garments, digits, letters have a side
     if model == "ddpm":
         config |= dict(prediction="eps" if plain else "v", variance="learned")
     else:
         transition = given.get("transition", "absorbing" if text else "gaussian")
         config |= dict(transition=transition, schedule=SCHEDULES[transition])
-        config |= {} if text else PIXELS[place] | dict(levels=256)
-    config |= (dict(lr=1e-3) if plain else {}) | (dict(size=shape[-1]) if data.folder else {})
+    if model == "d3pm" and not text:
+        config |= UNET_D3PM[machine] | dict(levels=256)
+    if plain:
+        config["lr"] = 1e-3
+    if data.folder:
+        config["size"] = shape[-1]
     config["save_every"] = max(1, min(1000, given.get("steps", config["steps"]) // 10))
     settings = {name: given[name] for name in FIXED + FREE if name in given}
-    strange = " ".join(f"--{name.replace('_', '-')}" for name in settings if name not in config)
-    need(not strange, f"{strange} has no meaning for --model {model} on --data {data.name}")
+    foreign = " ".join(f"--{name.replace('_', '-')}" for name in settings if name not in config)
+    need(not foreign, f"{foreign} has no meaning for --model {model} on --data {data.name}")
     config |= settings
     need(config.get("transition") != "absorbing" or config["schedule"] == "mutual",
          f"--schedule {config['schedule']} leaves places without a mask at T: --transition absorbing needs mutual")
@@ -195,7 +209,7 @@ def build(config):
 class Run:
     """A configuration with the network and the diffusion that it describes, the run's folder `out` and its data.
     net is trained; ema, the moving average of its weights, makes the samples and the bounds; early is that average
-    after an eighth of the steps, which guidance without labels pushes away from."""
+    after an eighth of the steps, which guidance without labels pushes away from. In a checkpoint net is "model"."""
 
     def __init__(self, config, device, out, data=None):
         torch.manual_seed(config["seed"])
@@ -213,27 +227,29 @@ class Run:
         self.step, self.rows, self.signals = 0, [], []                     # rows of log.csv; signals to stop
 
     def call(self, net, xt, t, y=None, exact=False):
-        """A network's output, in bfloat16 where the device computes it, or exact: in float32."""
+        """A network's output: in bfloat16 where the device computes that, unless it is to be exact."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and not exact):
             return net(xt, t, y)
 
     def model(self, y=None, guidance=0.0, temperature=1.0, exact=False):
-        """ema as a model(xt, t): given labels y, guided, its logits at a temperature; exact: all in float32.
+        """ema as a model(xt, t): given labels y, guided, its logits at a temperature, exact without bfloat16.
         Without labels it is autoguided (Karras et al. 2024, 2406.02507): pushed away from the early weights, whose
         errors are much like those of ema, only larger."""
+        channels = self.config["shape"][0]
+
         def network(xt, t, y=None, net=self.ema):
-            if self.signals:                # in training: held_out gives up
+            if self.signals:                # Ctrl-C while a run in training measures or samples
                 raise KeyboardInterrupt
             out = self.call(net, xt, t, y, exact)
             if self.discrete:
                 return out / temperature
-            return out if self.diffusion.variance == "learned" else out[:, :self.config["shape"][0]]
+            return out if self.diffusion.variance == "learned" else out[:, :channels]     # --variance may say so
 
         def autoguided(xt, t):
             out = network(xt, t)
             push = guidance * (out - network(xt, t, net=self.early))
             if not self.discrete:
-                push[:, self.config["shape"][0]:] = 0            # the variance is ema's
+                push[:, channels:] = 0                           # the variance is ema's
             return out + push
 
         if not guidance:
@@ -283,14 +299,17 @@ class Run:
 # ---------------------------------------------------------------- one batch
 
 def batch(run, examples, labels=None):
-    """x0, t, noise (for d3pm xt) and labels y of one step, each (B, ...): this process's part of them.
-    They are drawn by (seed, step) for the whole batch, so that a run is the same however often it is stopped, and on
-    any number of processes. A tenth of the labels is dropped: one network learns p(x) beside p(x | y)."""
+    """x0, t, noise and labels y of one step, each (B, ...): this process's part of them. noise is what the losses
+    take: eps for ddpm, x_t itself for d3pm. All are drawn by (seed, step) for the whole batch, so that a run is the
+    same however often it is stopped, and on any number of processes. A tenth of the labels is dropped: one network
+    learns p(x) beside p(x | y)."""
     config, device, B = run.config, run.device, run.config["batch_size"]
-    torch.manual_seed(config["seed"] * 1_000_003 + run.step)
+    seed = config["seed"] * 1_000_003 + run.step
+    torch.manual_seed(seed)
     index = torch.randint(len(examples), (B,), device=examples.device)
     x = examples[index]
-    x = x.pin_memory() if x.device != device and device.type == "cuda" else x
+    if x.device != device and device.type == "cuda":
+        x = x.pin_memory()
     x0 = run.states(x.to(device, non_blocking=True))
     if config["mirror"]:
         x0 = torch.where(torch.rand(B, 1, 1, 1, device=device) < 0.5, x0, x0.flip(-1))
@@ -298,51 +317,57 @@ def batch(run, examples, labels=None):
     noise = run.diffusion.q_sample(x0, t) if run.discrete else torch.randn_like(x0)
     part, y = slice(RANK * B // WORLD, (RANK + 1) * B // WORLD), None
     if labels is not None:
-        y = labels[index].to(device, non_blocking=True).masked_fill(torch.rand(B, device=device) < 0.1, -1)[part]
+        dropped = torch.rand(B, device=device) < 0.1
+        y = labels[index].to(device, non_blocking=True).masked_fill(dropped, -1)[part]
     if config["dropout"]:                   # each process leaves out units of its own
-        torch.manual_seed((config["seed"] * 1_000_003 + run.step) * 4096 + RANK + 1)
+        torch.manual_seed(seed * 4096 + RANK + 1)
     return x0[part], t[part], noise[part], y
 
 
 def times(run):
     """t of a whole batch, int64 (B,) in 1..T. Papers: uniform. Recipe: stratified, and skewed for v.
-    One t in each of B equal shares gives the same mean loss with less noise. For v the shares are in proportion to
-    1/2 + alpha_bar_t: the error of eps is alpha_bar_t times that of v, so small t, where the bits are spent, come
-    thrice as often as the largest, which decide the coarsest features of an image."""
+    Stratified: each of B equal parts of [0, 1) gives one t, so the mean loss is the same and less noisy. Skewed: t of
+    probability in proportion to 1/2 + alpha_bar_t. The error of eps is alpha_bar_t times that of v, so this is
+    between the two: small t, where the bits are spent, come thrice as often as the largest, which decide the coarsest
+    features of an image."""
     B, T, device = run.config["batch_size"], run.config["timesteps"], run.device
     if run.config["plain"]:
         return torch.randint(1, T + 1, (B,), device=device)
-    share = (torch.arange(B, device=device) + torch.rand(1, device=device)) / B
-    density = 0.5 + run.diffusion.alpha_bar[1:] if run.config.get("prediction") == "v" else torch.ones(T)
+    u = (torch.arange(B, device=device) + torch.rand(1, device=device)) / B
+    skewed = run.config.get("prediction") == "v"
+    density = 0.5 + run.diffusion.alpha_bar[1:] if skewed else torch.ones(T, device=device)
     mass = density.float().to(device).cumsum(0)
-    return torch.searchsorted(mass, share * mass[-1], right=True).clamp(max=T - 1) + 1
+    return torch.searchsorted(mass, u * mass[-1], right=True).clamp(max=T - 1) + 1
 
 
 # ---------------------------------------------------------------- the objective
 
 def objective(run, model, x0, t, noise):
-    """The loss (B,) that train.py minimises. Papers: the hybrid ones. Recipe: below."""
+    """The loss (B,) that a run minimises: L_simple for a variance that is fixed, the papers' hybrid loss for --plain,
+    and else the recipe's."""
     diffusion, config, T = run.diffusion, run.config, run.config["timesteps"]
-    if config.get("variance", "learned") != "learned":
+    if not run.discrete and config["variance"] != "learned":
         return diffusion.loss_simple(model, x0, t, noise)
     if config["plain"]:
         return diffusion.loss_hybrid(model, x0, t, noise)
-    if run.text:                            # under masks T / t times the cross-entropy is the bound: halfway to it
+    if run.text:                            # T / t times the cross-entropy is the bound under masks: halfway there
         return (T / t) ** 0.5 * diffusion.loss_simple(model, x0, t, noise)
     if run.discrete:
-        return weights(diffusion.transition)[t - 1] * diffusion.loss_vlb(model, x0, t, noise)
-    # Learn the variance of steps as long as --eval's. The bound's slope in it goes as log(beta / beta_tilde)^2,
-    # about 1 / t^2: under one weight it would be learnt at small t alone. So this rises from the paper's 1e-3 to 1.
+        return term_weights(diffusion.transition)[t - 1] * diffusion.loss_vlb(model, x0, t, noise)
+    # The variance is learnt for steps t -> s as long as --eval's, T / 100 (only t = 1 goes to s = 0, the decoder). Its
+    # gradient falls about as 1 / t^2, and under one weight only small t would learn it: so the bound's weight rises
+    # with t, from the paper's 1e-3 to 1.
     s = (t - math.ceil(T / 100)).clamp(min=1).minimum(t - 1)
     return diffusion.loss_hybrid(model, x0, t, noise, s, 1e-3 + (t / T) ** 2)
 
 
 @functools.cache
-def weights(transition):
-    """(T,): what the terms of D3PM's bound on images are multiplied with, 1 on average; under masks all are 1.
-    L_t goes with the information on x_0 that step t destroys, here of one place and even x_0. Under Gaussian noise
-    a fifth of the steps destroys three quarters of it (16 levels) or more, and what is left after them, the coarse
-    features, would hardly be learnt. Divided by its root the terms are more alike, as under L_simple, without w."""
+def term_weights(transition):
+    """(T,): weights of the terms of D3PM's bound on images, 1 on average; under masks all are 1.
+    L_t is roughly the information on x_0 that step t destroys, computed here for one pixel with x_0 uniform. Under
+    Gaussian noise a fifth of the steps destroys three quarters of it (16 levels) or more, and the others, which
+    decide the coarse features, would hardly be learnt. So each term is divided by the root of what its step destroys
+    (plus 0.02, which bounds the weight): the terms come closer to each other, as L_simple does for Gaussian data."""
     levels = transition.K - (transition.mask is not None)                   # the mask, the last state, is no data
     tables = (transition.matrix(0, t)[:levels] for t in range(transition.T + 1))
     entropy = torch.special.entr            # -p log p
@@ -353,17 +378,18 @@ def weights(transition):
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices that step in all their directions alike: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
-    The averaged gradient has a few large singular values; set to 1, the rare directions learn as fast. Times
+    """Momentum for matrices, its singular values set to 1: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    An averaged gradient has a few large singular values; with all at 1, rare directions learn as fast. Times
     0.2 sqrt(longer side) the step is of Adam's size and can have Adam's learning rate (Liu et al. 2025, 2502.16982).
     A convolution is the matrix (out, in height width). torch.optim.Muon takes 2 D weights alone and multiplies
     them in bfloat16, which most CPUs lack: in float32 and all of a size at once, this one is tenfold faster there."""
 
-    def __init__(self, weights, lr, dtype=torch.float32):
+    def __init__(self, weights, lr, weight_decay=0.0, dtype=torch.float32):
         sizes = {}
         for w in weights:
             sizes.setdefault(tuple(sorted((len(w), w[0].numel()))), []).append(w)
-        super().__init__([dict(params=same_size) for same_size in sizes.values()], dict(lr=lr))
+        super().__init__([dict(params=same_size) for same_size in sizes.values()],
+                         dict(lr=lr, weight_decay=weight_decay))
         self.dtype = dtype
         for w in weights:
             self.state[w]["mean"] = torch.zeros_like(w)
@@ -372,13 +398,14 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             weights = group["params"]
-            tall, grads = [len(w) > w[0].numel() for w in weights], [w.grad for w in weights]
-            means = [self.state[w]["mean"] for w in weights]
-            torch._foreach_lerp_(means, grads, 0.1)
+            grads, means = [w.grad for w in weights], [self.state[w]["mean"] for w in weights]
+            tall = [len(w) > w[0].numel() for w in weights]
+            torch._foreach_lerp_(means, grads, 0.1)                     # _foreach: of a list, in one call
             ahead = [g.flatten(1) for g in torch._foreach_lerp(grads, means, 0.9)]          # Nesterov
-            ahead = torch.stack([g.mT if high else g for g, high in zip(ahead, tall)])
+            ahead = torch.stack([g.mT if is_tall else g for g, is_tall in zip(ahead, tall)])
             steps = orthogonal(ahead.to(self.dtype)).to(ahead.dtype)
-            steps = [(step.mT if high else step).reshape(w.shape) for step, w, high in zip(steps, weights, tall)]
+            steps = [(step.mT if is_tall else step).reshape(w.shape) for step, w, is_tall in zip(steps, weights, tall)]
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(weights, steps, alpha=-group["lr"] * 0.2 * ahead.shape[-1] ** 0.5)
 
 
@@ -387,19 +414,19 @@ def orthogonal(x):
     Newton and Schulz's iteration with Jordan's coefficients, which trade exactness for speed: a singular value above
     2 % of the matrix's norm ends between 0.68 and 1.21. Three steps taught as well as the usual five."""
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    for _ in range(3):
+    for _ in range(3):                      # x <- 3.4445 x + (-4.7750 G + 2.0315 G^2) x with G = x x^T
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x
 
 
 def optimizers(net, config, bf16=False):
-    """Papers: Adam. Recipe: Muon for the matrices inside a network, Adam for its biases, norms and embeddings."""
+    """Papers: Adam. Recipe: Muon for all Linear and Conv2d weights, Adam for biases, norms, embeddings and tables."""
     if config["plain"]:
         return [torch.optim.Adam(net.parameters(), config["lr"], fused=True)]
-    inside = [m.weight for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    rest = [p for p in net.parameters() if all(p is not w for w in inside)]
-    return [Muon(inside, config["lr"], torch.bfloat16 if bf16 else torch.float32),
+    matrices = [m.weight for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    rest = [p for p in net.parameters() if all(p is not w for w in matrices)]
+    return [Muon(matrices, config["lr"], config.get("weight_decay", 0), torch.bfloat16 if bf16 else torch.float32),
             torch.optim.Adam(rest, config["lr"], betas=(0.9, 0.99), fused=True)]
 
 
@@ -416,39 +443,54 @@ QUARTERS = [f"quarter{i}" for i in range(1, 5)]           # the losses are logge
 
 def train(given, device):
     """One run, from its start or its checkpoint to its samples."""
-    mine = min(RANK, 1 + int(os.environ.get("LOCAL_RANK", 0)), 2)
-    for turn in range(3):           # first rank 0, which may download or decode, then one process of each machine
-        if turn == mine:
+    run = prepare_in_turns(given, device)
+    data, classes = run.data, len(run.config["classes"])
+    examples = run.examples(data.train.to(device) if data.train.nbytes < 1e9 else data.train)
+    labels = data.train_labels.to(examples.device) if classes else None
+    network = compiled(run, *batch(run, examples, labels)[1:])
+    with begin(run) if RANK == 0 else contextlib.nullcontext(), collect_signals(run.signals):
+        loop(run, network, examples, labels)
+        if WORLD > 1:
+            dist.destroy_process_group()
+        if RANK == 0:
+            attempt(loss_figure, run)
+            n = 16 if run.text else 64
+            sample(run, classes * max(2, n // classes) if classes else n, {})                 # whole rows of a class
+    return run
+
+
+def prepare_in_turns(given, device):
+    """The run with its data, which are downloaded or decoded once on each machine; the same on all processes."""
+    turn = 0 if RANK == 0 else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    for now in range(3):
+        if now == turn:
             run = prepare(given, device)
         any_process([])                     # the others wait here
     configs = [run.config] * WORLD
     if WORLD > 1:
         dist.all_gather_object(configs, run.config)
     need(all(config == run.config for config in configs), "the processes found different data: see --data-dir")
-    data = run.data
-    examples = run.examples(data.train.to(device) if data.train.nbytes < 1e9 else data.train)
-    labels = data.train_labels.to(examples.device) if run.config["classes"] else None
-    network = compiled(run, *batch(run, examples, labels))
-    with contextlib.ExitStack() as stack:
-        if RANK == 0:
-            stack.enter_context(begin(run))
-        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows lacks it
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:     # nohup ignores it
-                before = signal.signal(number, lambda number, frame: run.signals.append(number))
-                stack.callback(signal.signal, number, before)
-        loop(run, network, examples, labels)
-        if WORLD > 1:
-            dist.destroy_process_group()
-        if RANK == 0:
-            attempt(loss_figure, run)
-            classes = len(run.config["classes"])
-            sample(run, 16 if run.text else classes * max(2, 64 // classes) if classes else 64, {})
     return run
 
 
+@contextlib.contextmanager
+def collect_signals(signals):
+    """Signals to stop go into a list, which the loop looks at after each step."""
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}       # Windows lacks SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN or number == signal.SIGINT:         # nohup has SIGHUP ignored
+            signal.signal(number, lambda number, frame: signals.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def begin(run):
-    """The run's folder with config.json and an image on its way to noise; two lines say what is trained. -> its lock,
-    open as long as no other process may write there"""
+    """Makes the run's folder, config.json and forward.png, and says what is trained. -> the folder's lock, a file that
+    is held while it is open: no other run may write there"""
     config, data, out, T = run.config, run.data, run.out, run.diffusion.T
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / ".lock", "w")
@@ -456,7 +498,7 @@ def begin(run):
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        need(False, f"another run is being written to {out}: choose another --out")
+        fail(f"another run is being written to {out}: choose another --out")
     except (ImportError, OSError):          # on Windows and on a file system without locks two runs aren't told apart
         pass
     write(out / "config.json", [json.dumps(config, indent=1).encode()])
@@ -480,38 +522,32 @@ def loop(run, network, examples, labels):
     sums, since, clock = torch.zeros(2, 4, device=run.device), run.step, time.monotonic()
     while run.step < steps:
         x0, t, noise, y = batch(run, examples, labels)
-        loss, lr = train_step(run, network, x0, t, noise, y)
+        losses, lr = train_step(run, network, x0, t, noise, y)
         # By quarter of t: the losses' sum and number. They stay on the device until they are reported.
-        both = torch.stack([loss, torch.ones_like(loss)])
-        sums += torch.zeros_like(sums).index_add(1, (t - 1) * 4 // T, both)
+        sums += torch.zeros_like(sums).index_add(1, (t - 1) * 4 // T, torch.stack([losses, torch.ones_like(losses)]))
         run.step += 1
 
         last, best = run.step == steps, False
         measure = last or run.step % test_every == 0
         report = measure or run.step % log_every == 0
-        save, stop = last or run.step % config["save_every"] == 0, any_process(run.signals)
+        save = last or run.step % config["save_every"] == 0
+        stop = any_process(run.signals)
         if not (report or save or stop):
             continue
-        mean, quarters = read(run, sums, since)               # the one place that waits for the device
+        loss, quarters = mean_losses(run, sums, since)        # waits for the device, which an ordinary step does not
         if report and RANK == 0:
             rate = (run.step - since) * B / max(time.monotonic() - clock, 1e-9)
             bits = held_out(run) if measure else ""
-            best = bits != "" and all(bits <= old["test_bits"] for old in run.rows if old["test_bits"] != "")
-            row = dict(step=run.step, loss=mean, lr=lr, rate=round(rate, 1), test_bits=bits) | quarters
-            run.rows.append(row)
-            table = [row, *(old.values() for old in run.rows)]
-            attempt(write, run.out / "log.csv", [f"{','.join(map(str, line))}\n".encode() for line in table])
-            by_quarter = " ".join(f"{loss:.3f}" if loss != "" else "-" for loss in quarters.values())
-            left = datetime.timedelta(seconds=int((steps - run.step) * B / rate))
-            say(f"step {run.step}/{steps}  loss {mean:.4f} (by t {by_quarter})  {rate:.0f}/s  {left} left"
-                + (f"  test {bits:.3f} {run.unit}" if bits != "" else ""))
+            best = bits != "" and all(bits <= row["test_bits"] for row in run.rows if row["test_bits"] != "")
+            log(run, dict(step=run.step, loss=loss, lr=lr, rate=round(rate, 1), test_bits=bits) | quarters)
         if report:
             sums.zero_()
             since, clock = run.step, time.monotonic()
         if RANK == 0 and (save or stop or best):
             saved = attempt(save_checkpoint, run, best)
             need(saved or not (last or stop), f"{run.out}/checkpoint.pt can't be written: the last steps are lost")
-        need(not stop, f"stopped at step {run.step}{', the last' if last else '; go on with --resume'}")
+        if stop:
+            fail(f"stopped at step {run.step}{', the last' if last else '; go on with --resume'}")
 
 
 def train_step(run, network, x0, t, noise, y):
@@ -530,21 +566,21 @@ def train_step(run, network, x0, t, noise, y):
             group["lr"] = lr
         optimizer.step()
     average(run.ema, run.net, run.step)
-    if run.step < run.config["steps"] // 8:
-        average(run.early, run.net, run.step)
+    if run.step + 1 == run.config["steps"] // 8:
+        run.early.load_state_dict(run.ema.state_dict())
     return torch.cat(losses), lr
 
 
 @torch.no_grad()
 def average(ema, net, step):
-    """One step of the EMA; its decay warms up as (1 + n) / (10 + n), so that early weights are forgotten."""
+    """One step of the EMA: its decay is (1 + step) / (10 + step), so that early weights are forgotten; first a copy."""
     decay = min(0.9999, (1 + step) / (10 + step)) if step else 0.0
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
-def read(run, sums, since):
+def mean_losses(run, sums, since):
     """The mean loss, and by quarter of t, "" where one is empty; the run ends if they are not finite."""
-    norm = nn.utils.get_total_norm(list(run.net.parameters()))              # a bad gradient of a good loss shows here
+    norm = nn.utils.get_total_norm(list(run.net.parameters()))    # not finite after a bad gradient of a good loss
     numbers = torch.cat([sums.flatten(), norm.detach()[None]])
     if WORLD > 1:
         dist.all_reduce(numbers)
@@ -555,9 +591,23 @@ def read(run, sums, since):
     return sum(numbers[:4]) / sum(numbers[4:]), quarters
 
 
+def log(run, row):
+    """Adds a row to log.csv, and says it."""
+    run.rows.append(row)
+    lines = [row.keys(), *(old.values() for old in run.rows)]
+    attempt(write, run.out / "log.csv", [f"{','.join(map(str, line))}\n".encode() for line in lines])
+    quarters = " ".join(f"{row[name]:.3f}" if row[name] != "" else "-" for name in QUARTERS)
+    seconds = (run.config["steps"] - run.step) * run.config["batch_size"] / max(row["rate"], 0.1)
+    say(f"step {run.step}/{run.config['steps']}  loss {row['loss']:.4f} (by t {quarters})  {row['rate']:.0f}/s  "
+        f"{datetime.timedelta(seconds=int(seconds))} left"
+        + (f"  test {row['test_bits']:.3f} {run.unit}" if row["test_bits"] != "" else ""))
+
+
 @torch.no_grad()
 def held_out(run):
-    """Bits of 32 test examples in 100 steps, and samples so far; "" if a signal comes. The next step seeds itself."""
+    """Bits of 32 test examples in 100 steps, always with the same noise; writes samples too. "" if a signal comes.
+    There is no third split: best.pt is chosen by these examples, which --eval measures too. The noise of training is
+    not touched, as each batch has a seed."""
     torch.manual_seed(0)
     x0, y = run.tests(32)
     n, steps = (4, 64) if run.text else (16, 20)
@@ -570,9 +620,10 @@ def held_out(run):
     return bits
 
 
-def compiled(run, x0, t, noise, y):
+def compiled(run, t, xt, y):
     """The network for training: with several processes wrapped, on a GPU compiled, else as it is.
-    The wrapped network is compiled, so that gradients of the last layers are sent while the first are computed."""
+    The wrapped network is compiled, so that gradients of the last layers are sent while the first are computed. It is
+    compiled now, by one call on something of a batch's shape; the gradients of it are cleared by the first step."""
     network, cuda, n = run.net, run.device.type == "cuda", len(t) // run.config["accumulate"]
     if WORLD > 1:
         network = nn.parallel.DistributedDataParallel(network, [run.device] if cuda else None)
@@ -581,7 +632,7 @@ def compiled(run, x0, t, noise, y):
     say("compiling: a minute or two")
     try:
         fast = torch.compile(network)
-        run.call(fast, noise[:n], t[:n], None if y is None else y[:n]).float().mean().backward()
+        run.call(fast, xt[:n], t[:n], None if y is None else y[:n]).float().mean().backward()
         return fast
     except Exception as error:
         if "out of memory" in str(error):
@@ -602,7 +653,7 @@ def any_process(signals):
 
 @torch.no_grad()
 def draw(run, model, n, steps, confident=False, **how):
-    """A film of n samples, on the CPU: about twenty states on the way to them, and last they themselves."""
+    """n samples as a film, a list of 20 to 40 states on the way from noise, on the CPU; the last are the samples."""
     film, steps, shape = [], run.diffusion.timesteps(steps), (n, *run.config["shape"])
     if confident:
         return [run.diffusion.sample_any_order(model, shape, "confident", **how).cpu()]
@@ -649,7 +700,8 @@ def encode_prompt(run, prompt):
 
 
 def save_samples(run, x0, film=(), y=None):
-    """samples.txt or samples.png, a row for each class of y; with a film samples.gif, samples.npy and labels.npy."""
+    """samples.txt, or samples.png with a row for each class of y; with a film samples.gif too, and of images
+    samples.npy and labels.npy."""
     if run.text:
         texts = [f"--- {i + 1}\n{text}\n" for i, text in enumerate(run.texts(x0))]
         write(run.out / "samples.txt", ["\n".join(texts).encode()])
@@ -702,19 +754,20 @@ def bounds(run, x0, y, steps, guidance):
 def evaluate(run, n, given):
     """The bound on n test examples, given their labels and without: a table, and term by term in eval.json."""
     torch.manual_seed(given.get("seed", run.config["seed"]))
-    x0, y = run.tests(n)
-    n, grid, guidance = len(x0), run.diffusion.timesteps(given.get("sample_steps", 100)), given.get("guidance", 0)
+    (x0, y), guidance = run.tests(n), given.get("guidance", 0)
+    grid = run.diffusion.timesteps(given.get("sample_steps", 100))
     bits = bounds(run, x0, y, grid, guidance)
-    total, prior, terms, error = (part.mean(0) for part in bits.values())
+    total, prior, terms, error = (values.mean(0) for values in bits.values())
+    n = min(len(x0), len(run.data.test) // run.config["length"]) if run.text else len(x0)         # that don't overlap
     spread = f" +- {bits['total'].std() / n ** 0.5:.4f}" if n > 1 else ""
     told = ("" if y is None else ", given their labels") + (f", with guidance {guidance:g}" if guidance else "")
     quarters = " ".join(f"{quarter.sum():.4f}" if len(quarter) else "-" for quarter in terms[1:].tensor_split(4))
-    say(f"{run.config['model']} on {run.data.name}: {total:.4f} {run.unit}{spread} on {n} test examples, "
+    say(f"{run.config['model']} on {run.data.name}: {total:.4f} {run.unit}{spread} on {len(x0)} test examples, "
         f"{len(grid)} steps{told}\n  L_T {prior:.4f}\n"
         f"  L_t {terms[1:].sum():.4f} in {len(grid) - 1} terms, by quarter of t: {quarters}\n  L_0 {terms[0]:.4f}\n"
         f"  yardsticks: {yardsticks(run)}")
     record = dict(total=total.item(), prior=prior.item(), steps=grid, terms=terms.tolist(),
-                  x0_mse_or_error=error.tolist(), examples=n, unit=run.unit, guidance=guidance)
+                  x0_mse_or_error=error.tolist(), examples=len(x0), unit=run.unit, guidance=guidance)
     if y is not None:
         without = bounds(run, x0, None, grid, 0)["total"].mean().item()
         record["total_without_labels"] = without
@@ -757,7 +810,8 @@ def yardsticks(run):
 def load_data(source, data_dir, size=32):
     """A data set by name or path: train and test as uint8 (N, C, H, W), or the characters' numbers (N,).
     None is Fashion-MNIST, or glyphs with one line saying so where it can't be had. chars are a text's characters in
-    order, or None; train_labels and test_labels int64 (N,) and classes their names, or None and []."""
+    order, or None; train_labels and test_labels int64 (N,) and classes their names, or None and []. source finds the
+    data again, fingerprint (how many, and a checksum) tells whether they are the same."""
     name, data_dir = source or "fashion-mnist", pathlib.Path(data_dir)
     data = SimpleNamespace(name=name, source=name, chars=None, folder=False, train_labels=None, test_labels=None,
                            classes=[], fingerprint=None)
@@ -810,7 +864,7 @@ def load_glyphs(data):
     for n, seed in ((20000, 1), (2000, 2)):
         generator = torch.Generator().manual_seed(seed)
         index = torch.randint(len(cells), (n,), generator=generator)
-        noise = 2 * torch.rand(n, 6, generator=generator) - 1
+        noise = 2 * torch.rand(n, 6, generator=generator) - 1            # angle, scale, shear, x, y; the sixth is spare
         angle, scale, shear = 0.15 * noise[:, 0], 1 + 0.15 * noise[:, 1], 0.15 * noise[:, 2]
         turn = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], 1).reshape(n, 2, 2)
         theta = torch.cat([turn * scale[:, None, None], 0.1 * noise[:, 3:5, None]], dim=2)
@@ -825,13 +879,11 @@ def load_text(data):
     text, path = "\n\n".join(pydoc_data.topics.topics.values()), pathlib.Path(data.name).resolve()
     if data.name != "docs":
         data.name, data.source = path.stem, str(path)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            text = "\0"
-    need("\0" not in text, f"{path} is not UTF-8 text")
-    need(len(text) >= 1000, f"{path} is too short to learn from ({len(text)} characters)")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     data.chars = "".join(sorted(set(text)))
+    binary = any(c == "\0" or "\udc80" <= c <= "\udcff" for c in data.chars)       # surrogates: undecodable bytes
+    need(not binary, f"{path} is not UTF-8 text")
+    need(len(text) >= 1000, f"{path} is too short to learn from ({len(text)} characters)")
     number = {c: i for i, c in enumerate(data.chars)}
     kind = np.uint8 if len(number) <= 256 else np.int16 if len(number) < 2 ** 15 else np.int32
     numbers, tests = np.fromiter(map(number.get, text), kind, len(text)), len(text) // 10
@@ -844,20 +896,20 @@ def load_folder(data, data_dir, size):
     data.folder, data.name, data.source, files = True, folder.name, str(folder), image_files(folder)
     stats = [(file, os.stat(folder / file)) for file in files]
     key = zlib.crc32(ascii([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]).encode())
-    pixels, about = [data_dir / f"{folder.name}-{size}-{key:08x}.{kind}" for kind in ("pixels", "about.json")]
-    if not about.exists():
+    pixels, facts_file = [data_dir / f"{folder.name}-{size}-{key:08x}.{kind}" for kind in ("pixels", "about.json")]
+    if not facts_file.exists():
         data_dir.mkdir(parents=True, exist_ok=True)
-        found = dict(labels=[], left_out=[], grey=True, crc=0)
-        write(pixels, decode(folder, files, size, found))
-        write(about, [json.dumps(found).encode()])
-    found = json.loads(about.read_text())
-    labels, left_out, n = found["labels"], found["left_out"], len(found["labels"])
+        facts = dict(labels=[], left_out=[], grey=True, crc=0)
+        write(pixels, decode(folder, files, size, facts))
+        write(facts_file, [json.dumps(facts).encode()])
+    facts = json.loads(facts_file.read_text())
+    labels, left_out, n = facts["labels"], facts["left_out"], len(facts["labels"])
     if left_out:
         say(f"left out {len(left_out)} of {len(files)} files that can't be read as images: {', '.join(left_out[:5])}")
     need(n >= 2, f"{folder} holds {n} images: at least 2 are needed (one is held out)")
     images, tests = torch.from_numpy(np.memmap(pixels, np.uint8, "c", shape=(n, 3, size, size))), max(1, n // 10)
-    data.test, data.train = images[:, :1 if found["grey"] else 3].split([tests, n - tests])
-    data.classes, data.fingerprint = sorted(set(labels) - {""}), f"{n}-{found['crc']:08x}"
+    data.test, data.train = images[:, :1 if facts["grey"] else 3].split([tests, n - tests])
+    data.classes, data.fingerprint = sorted(set(labels) - {""}), f"{n}-{facts['crc']:08x}"
     labels = torch.tensor([data.classes.index(label) if label else -1 for label in labels])
     data.test_labels, data.train_labels = labels.split([tests, n - tests])
 
@@ -878,8 +930,9 @@ def image_files(folder):
     return sorted(files)
 
 
-def decode(folder, files, size, found):
-    """The pixels of each file that can be read, bytes, in a random order; `found` gets to know what they are."""
+def decode(folder, files, size, facts):
+    """Yields the pixels of each file that can be read, as bytes, in a random order. Fills `facts`: their labels and
+    checksum, whether all are grey, and the files left out."""
     files = [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))]
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(16, cpus) if len(files) > 1000 else 0                             # to start them takes a while
@@ -888,12 +941,12 @@ def decode(folder, files, size, found):
     for _, file, image in zip(chunks(len(files), 1, "decoding"), files, images):
         name = os.fsencode(file).decode(errors="backslashreplace")
         if image is None:
-            found["left_out"].append(name)
+            facts["left_out"].append(name)
         else:
             pixels = image.tobytes()
-            found["crc"] = zlib.crc32(pixels, found["crc"])
-            found["labels"].append(name.split(os.sep)[0] if os.sep in name else "")
-            found["grey"] = found["grey"] and bool((image == image[:1]).all())
+            facts["crc"] = zlib.crc32(pixels, facts["crc"])
+            facts["labels"].append(name.split(os.sep)[0] if os.sep in name else "")
+            facts["grey"] = facts["grey"] and bool((image == image[:1]).all())
             yield pixels
 
 
@@ -927,8 +980,8 @@ def find_folder(given):
     """Where the run that the options name lives."""
     model, path = given.get("model", "ddpm"), pathlib.Path(given.get("data", "fashion-mnist")).resolve()
     out = pathlib.Path(given.get("out", f"runs/{model}-{path.name if path.is_dir() else path.stem}"))
-    glyphs = not given.keys() & {"out", "data"} and not out.exists()            # Fashion-MNIST could not be had then
-    return pathlib.Path(f"runs/{model}-glyphs") if glyphs else out
+    glyphs = pathlib.Path(f"runs/{model}-glyphs")               # in place of Fashion-MNIST where it can't be had
+    return glyphs if not given.keys() & {"out", "data"} and not out.exists() and glyphs.exists() else out
 
 
 def prepare(given, device):
@@ -949,34 +1002,23 @@ def prepare(given, device):
         out = pathlib.Path(given.get("out", f"runs/{config['model']}-{data.name}"))
         done = (out / "checkpoint.pt").exists() or (out / "best.pt").exists()
         need(not done, f"{out} already holds a run: --resume its checkpoint.pt, or choose another --out")
-        try:
+        try:                                # one call, so that sizes that don't fit are told now
             run = Run(config, device, out, data)
             run.diffusion.loss_simple(run.net, run.tests(1)[0])
         except ValueError as error:
-            need(False, f"{error}; see --size, --width, --levels and --length")
+            fail(f"{error}; see --size, --width, --levels and --length")
     B, parts = run.config["batch_size"], WORLD * run.config["accumulate"]
     need(B % parts == 0, f"--batch-size {B} does not divide by {parts}: --accumulate times the processes")
     return run
 
 
 def find_data(run, given):
-    """Gives a run its data, unchanged; or, to measure it on, other data of its kind."""
-    config, out = run.config, run.out
-    run.data = load_data(given.get("data", config["data"]), given.get("data_dir", "data"), config.get("size", 32))
-    data = run.data
-    if (data.fingerprint, data.chars) == (config["fingerprint"], config["chars"]):
-        return
-    need("eval" in given and data.source != config["data"],
-         f"the data of the run in {out} has changed since it began: bring it back, or choose another --out")
-    need(bool(data.chars) == run.text and (run.text or list(data.train.shape[1:]) == config["shape"]),
-         f"{data.name} does not fit the run in {out}, which is of {config['data']}")
-    say(f"{data.name} is not the data that the run was trained on, but may hold some of it")
-    if run.text:
-        unknown = sorted(set(data.chars) - set(config["chars"]))
-        need(not unknown, f"{data.name} has characters that the run in {out} does not know: {unknown}")
-        data.test = torch.tensor([config["chars"].index(c) for c in data.chars])[data.test.long()]
-    if data.classes != config["classes"]:
-        data.test_labels = torch.full((len(data.test),), -1)
+    """Gives a run its data, wherever they are now; they must be what it began with."""
+    source = given.get("data", run.config["data"])
+    run.data = load_data(source, given.get("data_dir", "data"), run.config.get("size", 32))
+    need((run.data.fingerprint, run.data.chars) == (run.config["fingerprint"], run.config["chars"]),
+         f"{run.data.source} is not the data of the run in {run.out}, or has changed since it began: bring that back, "
+         "or choose another --out")
 
 
 def load(path, device):
@@ -986,9 +1028,10 @@ def load(path, device):
     advice = f"; the one before is {previous}: copy it there" if previous.exists() else ""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:              # a full memory or a broken disk is no damage of the file
-        need(isinstance(error, (OSError, MemoryError)), f"{path} is damaged or no checkpoint{advice}")
+    except (OSError, MemoryError):          # a broken disk or a full memory is no damage of the file
         raise
+    except Exception:
+        fail(f"{path} is damaged or no checkpoint{advice}")
     try:
         run = Run(state["config"], device, path.parent)
         run.step, run.rows = state["step"], state["rows"]
@@ -998,14 +1041,14 @@ def load(path, device):
         for optimizer, moments in zip(run.optimizers, state["optimizer"], strict=True):
             optimizer.load_state_dict(moments)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        need("out of memory" in str(error),
-             f"{path} is of another version of train.py, or no checkpoint of it ({first_line(error)})")
-        raise
+        if "out of memory" in str(error):
+            raise
+        fail(f"{path} is of another version of train.py, or no checkpoint of it ({first_line(error)})")
     return run
 
 
 def load_run(given, device):
-    """The run to use, with the weights of the best held-out bound, or the last ones before there is one."""
+    """The run to use: best.pt, the weights of the best held-out bound, or checkpoint.pt before there is one."""
     out = find_folder(given)
     path = out / "best.pt" if (out / "best.pt").exists() else out / "checkpoint.pt"
     run = load(path, device)
@@ -1022,7 +1065,7 @@ def load_run(given, device):
          f"weights of step {eighth}, and these are of step {run.step}: train further with --resume")
     need(not {"confident", "sample_steps"} <= given.keys(), "--confident takes a step a place: no --sample-steps")
     names = ", ".join(f"{i} {name}" for i, name in enumerate(classes))
-    need(given.get("label", 0) < max(1, len(classes)), f"--label must be one of {names}, got {given.get('label')}")
+    need(given.get("label", -1) < len(classes), f"--label must be one of {names}, got {given.get('label')}")
     if "variance" in given:
         need(config["variance"] == "learned" or given["variance"] != "learned",
              f"the run in {out} has learnt no variance: --variance takes a number there")
@@ -1042,13 +1085,13 @@ def save_checkpoint(run, best):
         link(path, run.out / "best.pt")
 
 
-def link(path, name):
-    """A second name for a file, which costs no second write; a copy where the file system has no links."""
-    name.unlink(missing_ok=True)
+def link(path, other):
+    """A second path to a file, which costs no second write; a copy where the file system has no links."""
+    other.unlink(missing_ok=True)
     try:
-        os.link(path, name)
+        os.link(path, other)
     except OSError:
-        name.write_bytes(path.read_bytes())
+        other.write_bytes(path.read_bytes())
 
 
 def write(path, pieces):
@@ -1084,16 +1127,16 @@ def first_line(error):
 
 
 def find_device(name=None):
-    """The device that was asked for, else the best one found; it must run a kernel, not only be there."""
-    found = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """The device that was asked for, else the best one there is; it must run a kernel, not only be there."""
+    kind = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         local = os.environ.get("LOCAL_RANK", RANK % max(1, torch.cuda.device_count()))
-        device = torch.device(f"cuda:{local}" if found == "cuda" else found)
+        device = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
         torch.ones(1, device=device).add(1).item()
         return device
     except (RuntimeError, AssertionError) as error:
         need(name is None, f"--device {name} can't be used here ({first_line(error)})")
-        say(f"{found} can't be used here ({first_line(error)}): going on with the CPU")
+        say(f"{kind} can't be used here ({first_line(error)}): going on with the CPU")
         return torch.device("cpu")
 
 
@@ -1132,14 +1175,16 @@ def main(argv=None):
             store = next(dist.rendezvous("env://"))[0]
         try:
             command(options(argv), store)
-        except (Exception, KeyboardInterrupt) as error:
-            line, path, text = first_line(error), getattr(error, "filename", None), str(error)
-            memory = isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-            gone = isinstance(error, RuntimeError) and ("gloo" in text or isinstance(error, dist.DistError))
-            need(not isinstance(error, KeyboardInterrupt), "interrupted")
-            need(not isinstance(error, OSError), f"{path}: {error.strerror}" if path else line)
-            need(not memory, f"out of memory: try a smaller --batch-size, or --accumulate 2 ({line[:100]})")
-            need(WORLD == 1 or not gone, f"another process has ended ({line[:100]})")
+        except KeyboardInterrupt:
+            fail("interrupted")
+        except OSError as error:
+            fail(f"{error.filename}: {error.strerror}" if error.filename else first_line(error))
+        except (MemoryError, RuntimeError) as error:
+            line, text = first_line(error)[:100], str(error)
+            if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+                fail(f"out of memory: try a smaller --batch-size, or --accumulate 2 ({line})")
+            if WORLD > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
+                fail(f"another process has ended ({line})")
             raise                           # a mistake in the code keeps its traceback
     except SystemExit as end:
         faults = store.add("faults", 1) if store is not None and end.code else 1
