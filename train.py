@@ -326,10 +326,9 @@ def batch(run, examples, labels=None):
 
 def times(run):
     """t of a whole batch, int64 (B,) in 1..T. Papers: uniform. Recipe: stratified, and skewed for v.
-    Stratified: each of B equal parts of [0, 1) gives one t, so the mean loss is the same and less noisy. Skewed: t of
-    probability in proportion to 1/2 + alpha_bar_t. The error of eps is alpha_bar_t times that of v, so this is
-    between the two: small t, where the bits are spent, come thrice as often as the largest, which decide the coarsest
-    features of an image."""
+    Stratified: each of B equal parts of [0, 1) gives one t, so the mean loss is the same and less noisy. Skewed: t is
+    drawn in proportion to 1/2 + alpha_bar_t, which adds the loss of v to that of eps, alpha_bar_t times as large.
+    Small t, where the bits are spent, come thrice as often as the largest, which decide the coarsest features."""
     B, T, device = run.config["batch_size"], run.config["timesteps"], run.device
     if run.config["plain"]:
         return torch.randint(1, T + 1, (B,), device=device)
@@ -448,7 +447,7 @@ def train(given, device):
     examples = run.examples(data.train.to(device) if data.train.nbytes < 1e9 else data.train)
     labels = data.train_labels.to(examples.device) if classes else None
     network = compiled(run, *batch(run, examples, labels)[1:])
-    with begin(run) if RANK == 0 else contextlib.nullcontext(), collect_signals(run.signals):
+    with (begin(run) if RANK == 0 else contextlib.nullcontext()), collect_signals(run.signals):
         loop(run, network, examples, labels)
         if WORLD > 1:
             dist.destroy_process_group()
