@@ -51,7 +51,7 @@ TORCHVISION = {"fashion-mnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CI
 
 
 def fail(message):
-    """The end, in one line and without a traceback: a user's mistake, or the machine's fault."""
+    """Ends the program in one line, without a traceback: a user's mistake, or the machine's fault."""
     raise SystemExit(f"train.py: {f'rank {RANK}: ' if WORLD > 1 else ''}{message}")
 
 
@@ -98,7 +98,7 @@ def options(argv=None):
         description="Train a diffusion model; or use one, with --sample or --eval.")
     p.error, add, path = fail, p.add_argument, os.path.expanduser
 
-    def number_or_learned(text):
+    def variance(text):
         return text if text == "learned" else float(text)
 
     add("--model", choices=["ddpm", "d3pm"], help="Gaussian or discrete noise (ddpm)")
@@ -129,7 +129,7 @@ def options(argv=None):
     add("--timesteps", type=int, metavar="T", help="length of the chain (1000; text: --length)")
     add("--schedule", choices=["cosine", "linear", "mutual"], help="betas (cosine; by --transition)")
     add("--prediction", choices=["eps", "x0", "v"], help="what ddpm's network estimates (v)")
-    add("--variance", type=number_or_learned, metavar="V", help="of ddpm's steps: learned, or 0..1 (learned)")
+    add("--variance", type=variance, metavar="V", help="of ddpm's steps: learned, or 0..1 (learned)")
     add("--transition", choices=list(SCHEDULES), help="noise of d3pm (gaussian; text: absorbing)")
     add("--levels", type=int, metavar="K", help="grey levels of d3pm's images (256)")
     add("--size", type=int, metavar="N", help="pixels a side, for a folder of images (32)")
@@ -161,7 +161,7 @@ def complete(given, data, device):
         shape, waves = list(data.train.shape[1:]), (2, 4, 6) if model == "ddpm" else (0, 1, 2, 3)
         config |= UNET[machine] | dict(mults=(1, 2, 4), attention=(2,), fourier=() if plain else waves)
         config |= dict(timesteps=1000, shape=shape)
-        config["mirror"] = data.folder or shape[0] == 3          # photos may be; garments, digits, letters have a side
+        config["mirror"] = data.folder or shape[0] == 3          # photos may be mirrored; garments and letters may not
     if model == "ddpm":
         config |= dict(prediction="eps" if plain else "v", variance="learned")
     else:
@@ -170,7 +170,7 @@ def complete(given, data, device):
     if model == "d3pm" and not text:
         config |= UNET_D3PM[machine] | dict(levels=256)
     if plain:
-        config["lr"] = 1e-3
+        config |= dict(lr=1e-3, weight_decay=0.0)
     if data.folder:
         config["size"] = shape[-1]
     config["save_every"] = max(1, min(1000, given.get("steps", config["steps"]) // 10))
@@ -238,12 +238,12 @@ class Run:
         channels = self.config["shape"][0]
 
         def network(xt, t, y=None, net=self.ema):
-            if self.signals:                # Ctrl-C while a run in training measures or samples
+            if self.signals:                # to stop, while a run in training measures or samples
                 raise KeyboardInterrupt
             out = self.call(net, xt, t, y, exact)
             if self.discrete:
                 return out / temperature
-            return out if self.diffusion.variance == "learned" else out[:, :channels]     # --variance may say so
+            return out if self.diffusion.variance == "learned" else out[:, :channels]     # --variance 0.5, say
 
         def autoguided(xt, t):
             out = network(xt, t)
@@ -387,9 +387,8 @@ class Muon(torch.optim.Optimizer):
         sizes = {}
         for w in weights:
             sizes.setdefault(tuple(sorted((len(w), w[0].numel()))), []).append(w)
-        super().__init__([dict(params=same_size) for same_size in sizes.values()],
-                         dict(lr=lr, weight_decay=weight_decay))
-        self.dtype = dtype
+        super().__init__([dict(params=same_size) for same_size in sizes.values()], dict(lr=lr))
+        self.weight_decay, self.dtype = weight_decay, dtype
         for w in weights:
             self.state[w]["mean"] = torch.zeros_like(w)
 
@@ -404,7 +403,7 @@ class Muon(torch.optim.Optimizer):
             ahead = torch.stack([g.mT if is_tall else g for g, is_tall in zip(ahead, tall)])
             steps = orthogonal(ahead.to(self.dtype)).to(ahead.dtype)
             steps = [(step.mT if is_tall else step).reshape(w.shape) for step, w, is_tall in zip(steps, weights, tall)]
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(weights, 1 - group["lr"] * self.weight_decay)
             torch._foreach_add_(weights, steps, alpha=-group["lr"] * 0.2 * ahead.shape[-1] ** 0.5)
 
 
@@ -565,14 +564,14 @@ def train_step(run, network, x0, t, noise, y):
             group["lr"] = lr
         optimizer.step()
     average(run.ema, run.net, run.step)
-    if run.step + 1 == run.config["steps"] // 8:
+    if run.step < run.config["steps"] // 8:
         run.early.load_state_dict(run.ema.state_dict())
     return torch.cat(losses), lr
 
 
 @torch.no_grad()
 def average(ema, net, step):
-    """One step of the EMA: its decay is (1 + step) / (10 + step), so that early weights are forgotten; first a copy."""
+    """One step of the EMA: decay (1 + step) / (10 + step), at most 0.9999, forgets early weights; at first a copy."""
     decay = min(0.9999, (1 + step) / (10 + step)) if step else 0.0
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
@@ -652,7 +651,7 @@ def any_process(signals):
 
 @torch.no_grad()
 def draw(run, model, n, steps, confident=False, **how):
-    """n samples as a film, a list of 20 to 40 states on the way from noise, on the CPU; the last are the samples."""
+    """n samples as a film, a list of at most 40 states on the way from noise, on the CPU; the last are the samples."""
     film, steps, shape = [], run.diffusion.timesteps(steps), (n, *run.config["shape"])
     if confident:
         return [run.diffusion.sample_any_order(model, shape, "confident", **how).cpu()]
@@ -757,7 +756,8 @@ def evaluate(run, n, given):
     grid = run.diffusion.timesteps(given.get("sample_steps", 100))
     bits = bounds(run, x0, y, grid, guidance)
     total, prior, terms, error = (values.mean(0) for values in bits.values())
-    n = min(len(x0), len(run.data.test) // run.config["length"]) if run.text else len(x0)         # that don't overlap
+    windows = len(run.data.test) // run.config["length"] if run.text else len(x0)         # those beyond overlap others
+    n = min(len(x0), windows)
     spread = f" +- {bits['total'].std() / n ** 0.5:.4f}" if n > 1 else ""
     told = ("" if y is None else ", given their labels") + (f", with guidance {guidance:g}" if guidance else "")
     quarters = " ".join(f"{quarter.sum():.4f}" if len(quarter) else "-" for quarter in terms[1:].tensor_split(4))
