@@ -578,9 +578,9 @@ class UNet(nn.Module):
             raise ValueError(f"this U-Net takes (B, {self.channels}, H, W) with H and W divisible by "
                              f"{self.divisor}, got {tuple(x.shape)}")
         emb = self.time(timestep_embedding(t, self.width).to(self.stem.weight.dtype))
-        y = torch.full_like(t, -1) if y is None else _labels(y, x, self.classes)
+        y = None if y is None else _labels(y, x, self.classes)
         if self.classes:
-            emb = emb + self.label(y + 1)
+            emb = emb + self.label(torch.zeros_like(t) if y is None else y + 1)
         x = torch.cat([x, *[wave(w * x) for w in self.waves for wave in (torch.sin, torch.cos)]], dim=1)
         h = self.stem(x)
         skips = [h]
